@@ -1,0 +1,153 @@
+"""Every rule that joins two numbers of a run, in one place, in the user's words, before any process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config.schema import ModelConfig, RunConfig
+from engine.errors import UserError, nearest
+
+VOCAB_MULTIPLE = 64
+"""The vocabulary is padded at run time to a multiple of this times tp, so that every shard is a round matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The sizes of the rank grid's axes."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.pp * self.dp * self.cp * self.tp
+
+    def __str__(self) -> str:
+        return " ".join(f"{axis}{size}" for axis, size in vars(self).items() if axis != "cp" or size > 1)
+
+
+def plan_layout(config: RunConfig, world: int) -> Layout:
+    """The layout of `world` processes; dp is what tp, pp and cp leave. Raises UserError when it does not divide."""
+    par = config.parallel
+    for flag in ("tp", "pp", "cp", "virtual_stages"):
+        _at_least(flag, getattr(par, flag), 1)
+    model_ranks = par.tp * par.pp * par.cp
+    if world % model_ranks:
+        raise UserError(f"{world} processes cannot hold tp {par.tp} x pp {par.pp} = {model_ranks}; "
+                        f"start a multiple of {model_ranks} processes (--nproc-per-node), or lower --tp or --pp")
+    return Layout(pp=par.pp, dp=world // model_ranks, cp=par.cp, tp=par.tp)
+
+
+def check(config: RunConfig, world: int) -> Layout:
+    """Checks every rule and returns the layout; raises UserError with the flag, both numbers and valid choices."""
+    _check_choices(config)
+    _check_model(config.model)
+    layout = plan_layout(config, world)
+    _check_parallel(config)
+    _check_batch(config, layout)
+    _check_optimizer(config)
+    return layout
+
+
+def _at_least(flag: str, value: float, least: float) -> None:
+    if value < least:
+        raise UserError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
+
+
+def _divisors(n: int) -> str:
+    """The divisors of n as words: `1, 2, 3, 5 or 6`, the large ones left out."""
+    found = [str(d) for d in range(1, min(n, 64) + 1) if n % d == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
+
+
+CHOICES = (
+    ("model", "family", ("llama", "gpt2")),
+    ("parallel", "schedule", ("1f1b", "interleaved")),
+    ("optimizer", "decay", ("cosine", "linear", "constant")),
+    ("runtime", "dtype", ("auto", "fp64", "fp32", "bf16")),
+    ("runtime", "device", ("auto", "cpu", "cuda")),
+    ("runtime", "attention", ("sdpa", "reference")),
+    ("data", "chat_template", ("chatml",)),
+)
+
+
+def _check_choices(config: RunConfig) -> None:
+    if config.runtime.dtype == "fp16":
+        raise UserError("--dtype fp16 needs loss scaling, which Triax does not have; use --dtype bf16 or fp32")
+    for group, name, options in CHOICES:
+        value = getattr(getattr(config, group), name)
+        if value not in options:
+            close = nearest(value, options)
+            hint = f"did you mean {close}?" if close else f"use {', '.join(options)}"
+            raise UserError(f"--{name.replace('_', '-')} {value!r} is not known; {hint}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    for flag in ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab_size", "max_positions"):
+        _at_least(flag, getattr(model, flag), 1)
+    if model.vocab_size > 1 << 24:
+        raise UserError(f"--vocab-size {model.vocab_size} is beyond any vocabulary (at most {1 << 24})")
+    if model.heads % model.kv_heads:
+        raise UserError(f"heads {model.heads} is not divisible by kv-heads {model.kv_heads}; "
+                        f"use --kv-heads {_divisors(model.heads)}")
+    if model.family == "llama" and model.head_dim % 2:
+        raise UserError(f"head-dim {model.head_dim} is odd, and RoPE rotates pairs; use --head-dim {model.head_dim + 1}")
+
+
+def _check_parallel(config: RunConfig) -> None:
+    par, model = config.parallel, config.model
+    if par.cp != 1:
+        raise UserError(f"--cp {par.cp}: context parallelism is not available yet; use --cp 1")
+    if model.heads % par.tp:
+        raise UserError(f"heads {model.heads} is not divisible by tp {par.tp}; use --tp {_divisors(model.heads)}")
+    if model.kv_heads % par.tp and par.tp % model.kv_heads:
+        raise UserError(f"kv-heads {model.kv_heads} and tp {par.tp}: one must divide the other; "
+                        f"use --tp {_divisors(model.kv_heads)}")
+    if model.ffn_hidden % par.tp:
+        raise UserError(f"ffn-hidden {model.ffn_hidden} is not divisible by tp {par.tp}; "
+                        f"use --tp {_divisors(model.ffn_hidden)}")
+    stages = par.pp * par.virtual_stages
+    if model.layers < stages:
+        raise UserError(f"layers {model.layers} are fewer than pp {par.pp} x virtual-stages {par.virtual_stages} = "
+                        f"{stages} stages; lower --pp or --virtual-stages")
+    if par.schedule == "1f1b" and par.virtual_stages > 1:
+        raise UserError(f"--schedule 1f1b has one chunk a rank, not --virtual-stages {par.virtual_stages}; "
+                        "use --schedule interleaved")
+    if par.sequence_parallel and config.batch.seq_len % par.tp:
+        raise UserError(f"--sequence-parallel splits seq-len {config.batch.seq_len} over tp {par.tp}, which does not "
+                        f"divide it; use --seq-len {-(-config.batch.seq_len // par.tp) * par.tp}")
+
+
+def _check_batch(config: RunConfig, layout: Layout) -> None:
+    batch = config.batch
+    for flag in ("micro_batch", "global_batch", "seq_len", "steps"):
+        _at_least(flag, getattr(batch, flag), 1)
+    one_pass = batch.micro_batch * layout.dp
+    if batch.global_batch % one_pass:
+        raise UserError(f"global-batch {batch.global_batch} is not divisible by micro-batch {batch.micro_batch} x dp "
+                        f"{layout.dp} = {one_pass}; use --global-batch {-(-batch.global_batch // one_pass) * one_pass}")
+    if batch.seq_len > config.model.max_positions:
+        raise UserError(f"seq-len {batch.seq_len} is longer than the model's positions {config.model.max_positions}; "
+                        f"lower --seq-len or raise --max-positions")
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    opt, save = config.optimizer, config.save
+    for flag in ("lr", "warmup", "weight_decay", "clip"):
+        _at_least(flag, getattr(opt, flag), 0)
+    for flag in ("beta1", "beta2"):
+        if not 0 <= getattr(opt, flag) < 1:
+            raise UserError(f"--{flag} {getattr(opt, flag)} must be at least 0 and below 1")
+    if opt.min_lr is not None and opt.min_lr > opt.lr:
+        raise UserError(f"--min-lr {opt.min_lr} is above --lr {opt.lr}")
+    for flag in ("save_every", "eval_every", "keep", "eval_samples"):
+        _at_least(flag, getattr(save, flag), 0)
+    _at_least("log_every", save.log_every, 1)
+    _at_least("stop_after", config.batch.stop_after, 0)
+    if config.runtime.timeout <= 0:
+        raise UserError(f"--timeout {config.runtime.timeout} must be above 0 seconds")
+    if not 0 <= config.data.split < 1:
+        raise UserError(f"--split {config.data.split} must be at least 0 and below 1")

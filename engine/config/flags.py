@@ -1,0 +1,208 @@
+"""From YAML and flags to a RunConfig, and back. `--config run.yaml` is read first, then flags; later flags win."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config.presets import resolve_model
+from engine.config.schema import ModelConfig, RunConfig
+from engine.errors import UserError, nearest
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One field of one group: `parallel.tp`, its type, and whether it may be null."""
+
+    group: str
+    name: str
+    type: type
+    optional: bool
+
+
+def _leaves() -> dict[str, Leaf]:
+    """Every leaf by its name; a name in two groups is a mistake of ours, found by the first test that runs."""
+    found: dict[str, Leaf] = {}
+    for group in fields(RunConfig):
+        kind = typing.get_type_hints(RunConfig)[group.name]
+        for name, hint in typing.get_type_hints(kind).items():
+            arguments = [a for a in typing.get_args(hint) if a is not types.NoneType]
+            if name in found:
+                raise AssertionError(f"two fields named {name}")
+            found[name] = Leaf(group.name, name, arguments[0] if arguments else hint, bool(arguments))
+    return found
+
+
+def _leaf(key: str, leaves: Mapping[str, Leaf]) -> Leaf:
+    """The leaf that `tp`, `virtual-stages` or `parallel.tp` names."""
+    group, _, name = key.replace("-", "_").rpartition(".")
+    leaf = leaves.get(name)
+    if leaf is None or group not in ("", leaf.group):
+        close = nearest(name, leaves)
+        hint = f"did you mean --{close.replace('_', '-')}?" if close else "--help lists them"
+        raise UserError(f"unknown option --{key}; {hint}")
+    return leaf
+
+
+def _convert(leaf: Leaf, value: Any) -> Any:
+    """`value` (a flag's text or what YAML made of it) as the leaf's type; `1e-4` is a float whatever YAML thinks."""
+    flag = "--" + leaf.name.replace("_", "-")
+    if value is None or (leaf.optional and value in ("none", "null")):
+        if leaf.optional:
+            return None
+        raise UserError(f"{flag} needs a value")
+    if leaf.type is bool:
+        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        if str(value).lower() not in words:
+            raise UserError(f"{flag} {value!r} is not true or false")
+        return words[str(value).lower()]
+    if isinstance(value, (bool, list, dict)):
+        raise UserError(f"{flag} {value!r} is not a {leaf.type.__name__}")
+    if leaf.type is str:
+        return str(value)
+    try:
+        number = float(str(value).replace("_", ""))
+    except ValueError:
+        raise UserError(f"{flag} {value!r} is not a number") from None
+    if not math.isfinite(number):
+        raise UserError(f"{flag} {value!r} is not a finite number")
+    if leaf.type is int:
+        if number != int(number):
+            raise UserError(f"{flag} {value!r} is not a whole number")
+        return int(number)
+    return number
+
+
+def _from_yaml(path: str, leaves: Mapping[str, Leaf]) -> Values:
+    """The leaves of a YAML file: `tp: 2`, `parallel: {tp: 2}` and `model: 7b` are all understood."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold key: value lines, not a {type(content).__name__}")
+    groups = {leaf.group for leaf in leaves.values()}
+    found: Values = {}
+    for key, value in content.items():
+        if key in groups and isinstance(value, dict):
+            for name, inner in value.items():
+                leaf = _leaf(f"{key}.{name}", leaves)
+                found[leaf.name] = _convert(leaf, inner)
+        else:
+            leaf = _leaf(str(key), leaves)
+            found[leaf.name] = _convert(leaf, value)
+    return found
+
+
+def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values, str | None]:
+    """The leaves of `--tp 2`, `--tp=2`, `--resume`, `--no-resume`, and the file of `--config`."""
+    found: Values = {}
+    config: str | None = None
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"unexpected argument {word!r}; options look like --tp 2")
+        key, equals, value = word[2:].partition("=")
+        if key == "config":
+            config = value if equals else _next_value(key, words)
+            continue
+        negated = key.startswith("no-") and key[3:].replace("-", "_") in leaves
+        leaf = _leaf(key[3:] if negated else key, leaves)
+        if leaf.type is bool and not equals:
+            bare = negated or not words or words[0].lower() not in ("true", "false")
+            found[leaf.name] = not negated if bare else words.pop(0).lower() == "true"
+        else:
+            found[leaf.name] = _convert(leaf, value if equals else _next_value(key, words))
+    return found, config
+
+
+def _next_value(key: str, words: list[str]) -> str:
+    """Takes the value that follows `--key`; a following option is not a value, a negative number is."""
+    if not words or (words[0].startswith("--") and len(words[0]) > 2):
+        raise UserError(f"--{key} needs a value")
+    return words.pop(0)
+
+
+def parse_values(argv: Sequence[str]) -> Values:
+    """What YAML and flags say, and nothing else: leaf name -> value."""
+    leaves = _leaves()
+    flags, config = _from_flags(argv, leaves)
+    return {**(_from_yaml(config, leaves) if config else {}), **flags}
+
+
+def parse(argv: Sequence[str], base: ModelConfig | None = None, defaults: Mapping[str, Any] | None = None) -> RunConfig:
+    """The RunConfig of a command line. `base` is a loaded checkpoint's model; `defaults` are an entry point's own."""
+    return build({**(defaults or {}), **parse_values(argv)}, base)
+
+
+def build(values: Mapping[str, Any], base: ModelConfig | None = None) -> RunConfig:
+    """The RunConfig of leaf values; the model group goes through its preset."""
+    leaves = _leaves()
+    groups: dict[str, Any] = {}
+    for group, kind in typing.get_type_hints(RunConfig).items():
+        given = {n: v for n, v in values.items() if leaves[n].group == group}
+        groups[group] = resolve_model(given, base) if kind is ModelConfig else kind(**given)
+    return RunConfig(**groups)
+
+
+def from_dict(content: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig that `to_dict` wrote; unknown and ill-typed keys raise UserError."""
+    leaves = _leaves()
+    values: Values = {}
+    for group, inner in content.items():
+        if not isinstance(inner, dict):
+            raise UserError(f"config: {group} must be a group of fields, not {inner!r}")
+        for name, value in inner.items():
+            leaf = _leaf(f"{group}.{name}", leaves)
+            values[leaf.name] = _convert(leaf, value)
+    return build(values)
+
+
+def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The resolved config as nested plain values."""
+    return asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as a YAML file that `--config` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def describe() -> str:
+    """Every flag with its type, default and help text, grouped as in the schema."""
+    lines = ["options (--config FILE.yaml is read first, later flags win):"]
+    for group in fields(RunConfig):
+        kind = typing.get_type_hints(RunConfig)[group.name]
+        lines.append(f"\n{group.name}: {inspect.cleandoc(kind.__doc__ or '').splitlines()[0]}")
+        help_of = _field_docs(kind)
+        for item in fields(kind):
+            default = "" if item.default is MISSING or item.default in ("", None) else f" [{item.default}]"
+            lines.append(f"  --{item.name.replace('_', '-'):<19} {help_of.get(item.name, '')}{default}")
+    return "\n".join(lines)
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """The string under each field of a dataclass, read from its source."""
+    assert is_dataclass(kind)
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(kind)).body[0]).body
+    docs = {}
+    for item, after in zip(body, body[1:], strict=False):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[item.target.id] = str(ast.literal_eval(after.value))
+    return docs
