@@ -1,0 +1,1 @@
+"""Tensor, sequence and pipeline parallelism, and the sharded optimizer."""
