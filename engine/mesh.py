@@ -1,0 +1,113 @@
+"""Where a rank stands: one grid of ranks with axes pp, dp, cp, tp (tp fastest); every group is a slice of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy as np
+import torch.distributed as dist
+
+from engine.config import Layout
+
+AXES = ("pp", "dp", "cp", "tp")
+
+
+def rank_grid(layout: Layout) -> np.ndarray:
+    """The ranks laid out as [pp, dp, cp, tp]; tp neighbours are adjacent ranks, pipeline stages are far apart."""
+    return np.arange(layout.world).reshape([getattr(layout, axis) for axis in AXES])
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's place in the grid and the process groups that run through it.
+
+    `groups[axis]` is None where the axis has size 1 (its collectives are then the identity). Besides the axes there
+    are `edge` (first and last stage, for a tied embedding), `kv:N` (the tp ranks that hold the same of N kv heads)
+    and `ahead`/`back` (a pair of groups for each neighbouring stage, one a direction).
+    """
+
+    layout: Layout
+    rank: int
+    coords: Mapping[str, int]
+    groups: Mapping[str, dist.ProcessGroup | None] = field(default_factory=dict)
+
+    def __getattr__(self, axis: str) -> int:
+        """This rank's coordinate on an axis: `mesh.tp`, `mesh.pp`."""
+        if axis in AXES:
+            return self.coords[axis]
+        raise AttributeError(axis)
+
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """The group of this rank along an axis (or a named slice); None when it would hold one rank."""
+        return self.groups.get(name)
+
+    def size(self, axis: str) -> int:
+        """Number of ranks along an axis."""
+        return int(getattr(self.layout, axis))
+
+    def peer(self, **coords: int) -> int:
+        """The global rank that stands where this one does but for the named coordinates: `mesh.peer(pp=0)`."""
+        place = {**self.coords, **coords}
+        return int(rank_grid(self.layout)[tuple(place[axis] for axis in AXES)])
+
+    def __str__(self) -> str:
+        here = " ".join(f"{a}{self.coords[a]}" for a in AXES if self.size(a) > 1) or "alone"
+        return f"{self.layout} · rank {self.rank} = {here}"
+
+
+def place(layout: Layout, rank: int) -> dict[str, int]:
+    """The coordinates of a rank."""
+    where = np.argwhere(rank_grid(layout) == rank)[0]
+    return dict(zip(AXES, (int(i) for i in where), strict=True))
+
+
+def slices(layout: Layout, kv_heads: int) -> dict[str, list[list[int]]]:
+    """For every named group, the rank lists it consists of; lists of one rank are left out.
+
+    kv heads repeat when tp exceeds them: the ranks of one tp group that hold the same head form a `kv` group.
+    """
+    grid = rank_grid(layout)
+    found: dict[str, list[list[int]]] = {}
+    for dim, axis in enumerate(AXES):
+        found[axis] = np.moveaxis(grid, dim, -1).reshape(-1, grid.shape[dim]).tolist()
+    found["edge"] = np.moveaxis(grid, 0, -1).reshape(-1, layout.pp)[:, [0, -1]].tolist() if layout.pp > 1 else []
+    replicas = max(1, layout.tp // kv_heads)
+    found["kv"] = grid.reshape(-1, replicas).tolist()
+    found["model"] = np.moveaxis(grid, 1, 0).reshape(layout.dp, -1).tolist()
+    return {name: [ranks for ranks in lists if len(ranks) > 1] for name, lists in found.items()}
+
+
+def neighbours(layout: Layout) -> list[list[int]]:
+    """The pairs (stage, next stage) that exchange activations, the last stage and the first included (interleaving)."""
+    if layout.pp == 1:
+        return []
+    columns = np.moveaxis(rank_grid(layout), 0, -1).reshape(-1, layout.pp)
+    return [[int(column[s]), int(column[(s + 1) % layout.pp])] for column in columns for s in range(layout.pp)]
+
+
+def build_mesh(layout: Layout, rank: int, kv_heads: int, timeout: timedelta) -> Mesh:
+    """The mesh of this rank; every rank creates all groups in the same order, as torch.distributed asks."""
+    coords = place(layout, rank)
+    groups: dict[str, dist.ProcessGroup | None] = {}
+    if layout.world > 1:
+        for name, lists in slices(layout, kv_heads).items():
+            groups[name] = _mine(lists, rank, timeout)
+        # One group a direction: a send ahead and a send back between two stages then never wait for each other.
+        for pair in neighbours(layout):
+            for direction in ("ahead", "back"):
+                group = dist.new_group(pair, timeout=timeout)
+                if rank in pair:
+                    groups[f"{direction}:{pair[0]}>{pair[1]}"] = group
+    return Mesh(layout, rank, coords, groups)
+
+
+def _mine(lists: Sequence[Sequence[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
+    """Creates every group of the lists and keeps the one that holds this rank."""
+    kept = None
+    for ranks in lists:
+        group = dist.new_group(list(ranks), timeout=timeout)
+        if rank in ranks:
+            kept = group
+    return kept

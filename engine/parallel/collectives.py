@@ -1,0 +1,130 @@
+"""Collectives with their conjugates: the backward of each is the other of its pair (Megatron-LM, arXiv:1909.08053,
+section 3; sequence parallelism arXiv:2205.05198, section 4.2.2).
+
+    forward            backward
+    identity           all-reduce          `replicate`       into a tensor-parallel region
+    all-reduce         identity            `all_reduce`      out of it
+    all-gather         reduce-scatter      `gather_sequence` into it, activations split along the sequence
+    reduce-scatter     all-gather          `scatter_sequence` out of it
+
+A group of None holds one rank: everything is then the identity and costs nothing. Tensors are [batch, seq, hidden].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """What a sharded layer needs to know of the tensor axis. `sequence` splits activations between the regions."""
+
+    group: Group = None
+    rank: int = 0
+    size: int = 1
+    sequence: bool = False
+
+    def share(self, whole: int) -> int:
+        """This rank's part of a dimension that divides."""
+        return whole // self.size
+
+
+def all_gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """[batch, seq/tp, hidden] -> [batch, seq, hidden], no gradient."""
+    batch, part, hidden = x.shape
+    parts = x.new_empty(tp.size, batch, part, hidden)
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=tp.group)
+    return parts.transpose(0, 1).reshape(batch, tp.size * part, hidden)  # a view when batch is 1
+
+
+def start_reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, dist.Work]:
+    """Begins [batch, seq, hidden], a partial sum on each rank -> [batch, seq/tp, hidden]; wait for the work."""
+    batch, seq, hidden = x.shape
+    parts = x.view(batch, tp.size, seq // tp.size, hidden).transpose(0, 1).contiguous()
+    mine = torch.empty_like(parts[0])
+    return mine, dist.reduce_scatter_tensor(mine, parts, group=tp.group, async_op=True)
+
+
+def reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """[batch, seq, hidden], a partial sum on each rank -> the sum's own part [batch, seq/tp, hidden], no gradient."""
+    mine, work = start_reduce_scatter_sequence(x, tp)
+    work.wait()
+    return mine
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+        ctx.tp = tp
+        return all_gather_sequence(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return reduce_scatter_sequence(grad.contiguous(), ctx.tp), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+        ctx.tp = tp
+        return reduce_scatter_sequence(x.contiguous(), tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return all_gather_sequence(grad, ctx.tp), None
+
+
+def replicate(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """Identity forward, all-reduce backward: one activation feeds every rank's shard."""
+    return x if tp.group is None else _Replicate.apply(x, tp.group)  # type: ignore[no-any-return]
+
+
+def all_reduce(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """All-reduce forward, identity backward: the shards' partial sums become one activation."""
+    return x if tp.group is None else _AllReduce.apply(x, tp.group)  # type: ignore[no-any-return]
+
+
+def gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """All-gather along the sequence forward, reduce-scatter backward."""
+    return x if tp.group is None else _GatherSequence.apply(x, tp)  # type: ignore[no-any-return]
+
+
+def scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """Reduce-scatter along the sequence forward, all-gather backward."""
+    return x if tp.group is None else _ScatterSequence.apply(x, tp)  # type: ignore[no-any-return]
+
+
+def leave(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """Out of a tensor-parallel region: partial sums to one activation, split along the sequence if `tp.sequence`."""
+    return scatter_sequence(x, tp) if tp.sequence else all_reduce(x, tp)

@@ -1,0 +1,187 @@
+"""Layers whose weights are split over the tensor axis: column-, row- and vocabulary-parallel (arXiv:1909.08053, sec. 3).
+
+The linear layers are autograd functions of ours for three reasons: weight gradients are added straight into the fp32
+bucket (`main_grad`) without a tensor in between; the collective of the input's gradient runs while the weight's
+gradient is computed; under sequence parallelism the gathered input is not kept but gathered again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from engine.parallel.collectives import (
+    TensorParallel,
+    all_gather_sequence,
+    leave,
+    start_reduce_scatter_sequence,
+)
+from engine.parallel.gradients import accumulate, accumulate_product
+from engine.parallel.sharding import Member, Shard, make_parameter, split_columns, split_rows, whole
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """y = x W^T + b on this rank's rows of W; x is whole on every rank, or a part of the sequence if `tp.sequence`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                tp: TensorParallel) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.tp = tp
+        full = all_gather_sequence(x, tp) if tp.sequence and tp.group is not None else x
+        return F.linear(full, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Tensors, ...] | Tensors:  # type: ignore[override]
+        x, weight, bias = ctx.saved_tensors
+        tp: TensorParallel = ctx.tp
+        work = None
+        grad_x = None
+        full = all_gather_sequence(x, tp) if tp.sequence and tp.group is not None else x
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if tp.group is not None and tp.sequence:
+                grad_x, work = start_reduce_scatter_sequence(grad_x, tp)
+            elif tp.group is not None:
+                work = dist.all_reduce(grad_x, group=tp.group, async_op=True)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = accumulate_product(weight, rows, full.reshape(-1, full.shape[-1]))
+        grad_bias = None if bias is None else accumulate(bias, rows.sum(0))
+        if work is not None:
+            work.wait()
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T, the weight's gradient added straight into the bucket."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = accumulate_product(weight, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return grad_x, grad_weight
+
+
+class _Embedding(torch.autograd.Function):
+    """weight[ids] with the gradient's rows added straight into the bucket; rows outside this shard give zero."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
+        local = ids - first
+        outside = (local < 0) | (local >= weight.shape[0])
+        local = local.masked_fill(outside, 0)
+        ctx.save_for_backward(local, outside, weight)
+        return F.embedding(local, weight).masked_fill_(outside.unsqueeze(-1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
+        local, outside, weight = ctx.saved_tensors
+        kind = weight.dtype if getattr(weight, "main_grad", None) is None else weight.main_grad.dtype
+        grad = grad.to(kind).masked_fill(outside.unsqueeze(-1), 0)
+        # Deterministic on every device (index_add_ would use atomics on CUDA).
+        dense = torch.ops.aten.embedding_dense_backward(grad, local, weight.shape[0], -1, False)
+        return None, accumulate(weight, dense), None
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer whose output features are split over tp. Its local weight may stack several logical tensors.
+
+    Input [batch, seq, inputs] (or [batch, seq/tp, inputs] under sequence parallelism), output [batch, seq, outputs/tp].
+    """
+
+    def __init__(self, members: tuple[Member, ...], biases: tuple[Member, ...], *, inputs: int, std: float,
+                 tp: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.tp = tp
+        rows = members[-1].row + members[-1].rows
+        self.weight = make_parameter((rows, inputs), Shard(members, std=std), dtype, device)
+        self.bias = make_parameter((rows,), Shard(biases, fill=0.0), dtype, device) if biases else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        rows, inputs = self.weight.shape
+        return f"{inputs} -> {rows * self.tp.size}/{self.tp.size}, rank {self.tp.rank}"
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer whose input features are split over tp; the partial outputs are summed, then the bias is added.
+
+    Input [batch, seq, inputs/tp], output [batch, seq, outputs] (or [batch, seq/tp, outputs]).
+    """
+
+    def __init__(self, name: str, inputs: int, outputs: int, *, bias: bool, std: float, tp: TensorParallel,
+                 dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.tp = tp
+        member = split_columns(f"{name}.weight", (outputs, inputs), tp.rank, tp.size)
+        self.weight = make_parameter((outputs, inputs // tp.size), Shard((member,), std=std), dtype, device)
+        self.bias = replicated(f"{name}.bias", outputs, 0.0, tp, dtype, device) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = leave(_Linear.apply(x, self.weight), self.tp)  # [batch, seq or seq/tp, outputs]
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        outputs, inputs = self.weight.shape
+        return f"{inputs * self.tp.size}/{self.tp.size} -> {outputs}, rank {self.tp.rank}"
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with its rows split over tp. ids [batch, seq] -> [batch, seq or seq/tp, hidden]."""
+
+    def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.tp.group is None:
+            return _Embedding.apply(ids, self.weight, 0)  # type: ignore[no-any-return]
+        x = _Embedding.apply(ids, self.weight, self.tp.rank * self.weight.shape[0])
+        return leave(x, self.tp)
+
+    def extra_repr(self) -> str:
+        rows, hidden = self.weight.shape
+        return f"{rows * self.tp.size}/{self.tp.size} x {hidden}, rank {self.tp.rank}"
+
+
+class VocabParallelHead(nn.Module):
+    """The output projection with its rows split over tp: [batch, seq or seq/tp, hidden] -> [batch, seq, vocab/tp]."""
+
+    def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _ColumnLinear.apply(x, self.weight, None, self.tp)  # type: ignore[no-any-return]
+
+
+def vocab_parameter(name: str, vocab: int, padded: int, hidden: int, *, std: float, tp: TensorParallel, tied: bool,
+                    primary: bool, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A [padded/tp, hidden] matrix over the vocabulary; padded rows are zero and belong to no logical tensor."""
+    member = split_rows(name, (vocab, hidden), tp.rank, tp.size, padded=padded, primary=primary)
+    return make_parameter((padded // tp.size, hidden), Shard((member,), std=std, tied=tied), dtype, device)
+
+
+def replicated(name: str, size: int, fill: float, tp: TensorParallel, dtype: torch.dtype,
+               device: torch.device, partial: bool | None = None) -> nn.Parameter:
+    """A vector every tp rank holds whole. Its gradient is partial over tp where each rank saw its own part only:
+    under sequence parallelism, or always when `partial` says so (qk-norm: each rank has its own heads)."""
+    split = tp.sequence if partial is None else partial
+    member = whole(name, (size,), primary=tp.rank == 0, partial="tp" if split else None)
+    return make_parameter((size,), Shard((member,), fill=fill), dtype, device)
