@@ -1,0 +1,56 @@
+# `make` prints what there is. One environment, .venv, serves every target and is rebuilt only when setup.py changes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-fast lint bench gpu clean
+
+TORCH := torch==2.13.0
+PY := .venv/bin/python
+STAMP := .venv/.triax-installed
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(STAMP)  ## build .venv: torch, this package (editable), test and lint extras
+
+demo: $(STAMP)  ## the whole chain on this machine: text, tokenizer, pretraining, Hugging Face, tuning, samples
+	@$(PY) examples/demo.py
+
+test: $(STAMP)  ## the whole test suite
+	@$(PY) -m pytest
+
+test-fast: $(STAMP)  ## the suite without its slow part
+	@$(PY) -m pytest -m "not slow"
+
+lint: $(STAMP)  ## ruff, mypy, and the shell of the examples
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@if compgen -G 'kernels/*.py' > /dev/null; then $(PY) -m mypy kernels; fi
+	@for f in examples/*.sh .ci/run; do bash -n "$$f"; done
+	@if command -v shellcheck > /dev/null; then shellcheck .ci/run examples/*.sh; else echo "shellcheck is not here: shell checked by bash -n only"; fi
+
+bench: $(STAMP)  ## every benchmark; results as JSON beside them
+	@for f in benchmarks/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(PY) "$$f"; done
+
+gpu: $(STAMP)  ## on a CUDA GPU: the tests of the kernels, then the benchmarks; elsewhere one line
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(PY) -m pytest tests/kernels && $(MAKE) --no-print-directory bench; \
+	else echo "make gpu: torch sees no CUDA GPU here, nothing was run"; fi
+
+clean:  ## remove .venv, caches and what the demo made
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo/data demo/tokenizer demo/runs demo/hf demo/logs demo/stamps
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and pinned, so that the demo and the golden numbers are those of one version; the rest by range.
+$(STAMP): setup.py
+	@for p in python3.12 python3.11 python3; do \
+	  if $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then found=$$p; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo "error: Triax needs Python 3.11 or newer with venv; python3 here is $$(python3 --version 2>&1 | head -1)." \
+	       "Install python3.11 or python3.12 (on Debian and Ubuntu also python3.12-venv)." >&2; exit 2; \
+	fi; \
+	$(PY) -m pip --version > /dev/null 2>&1 || { echo "building .venv with $$($$found --version)"; $$found -m venv --clear .venv; }
+	@$(PY) -m pip install "$(TORCH)"
+	@echo "installing triax and its extras test and lint"; $(PY) -m pip install --quiet -e '.[test,lint]'
+	@touch $@

@@ -1,0 +1,54 @@
+"""The distribution `triax`: the package `engine`, with the folder `kernels/` inside it as `engine.kernels`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+
+
+def version() -> str:
+    """The version in engine/__init__.py, read as text: importing the engine would need what setup is about to install."""
+    found = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "engine" / "__init__.py").read_text(), re.MULTILINE)
+    if found is None:
+        raise SystemExit('engine/__init__.py has no line __version__ = "..."')
+    return found.group(1)
+
+
+HF = ["transformers>=4.57", "tokenizers", "jinja2"]
+
+setup(
+    name="triax",
+    version=version(),
+    description="A 3D-parallel engine for language models in which every layout computes the same run.",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # find_packages sees only folders with an __init__.py. `kernels/` must not have one (Hugging Face owns that name, and
+    # transformers probes for it), so it and its folders are listed by hand; engine/kernels.py leads imports there.
+    packages=[*find_packages(include=["engine", "engine.*"]), "engine.kernels"],
+    package_dir={"engine.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11,<2.15",
+        "numpy",
+        "sentencepiece",
+        "regex",
+        "PyYAML",
+        "safetensors",
+        "rich",
+    ],
+    extras_require={
+        "hf": HF,
+        "mpi": ["mpi4py"],
+        "gpu": ["triton>=3.6"],
+        "data": ["ftfy", "pyarrow", "zstandard"],
+        "plot": ["matplotlib"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", *HF],  # setuptools: the tests build the wheel
+        "lint": ["ruff", "mypy", "types-PyYAML"],
+    },
+)
