@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+""":" # One file, two readers: bash runs this block; to Python it is a string. Both end in the Python part below.
+#   torchrun --nproc-per-node 8 examples/NAME.sh [--flag value ...]   torchrun starts one Python per GPU
+#   bash examples/NAME.sh [--flag value ...]                          starts torchrun itself, on all local GPUs
+# The bash form reads NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"          # called as `sh file`
+set -euo pipefail
+SELF="$(cd -- "$(dirname -- "$0")" && pwd)/$(basename -- "$0")"
+PY="${PYTHON:-python3}"
+VENV="$(dirname -- "$(dirname -- "$SELF")")/.venv/bin/python"
+if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$VENV" ]; then
+  PY="$VENV"                                                # what `make env` built, where no other one is active
+fi
+if [ -n "${RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; then    # torchrun --no-python, mpirun, srun: already one of many
+  exec "$PY" -u "$SELF" "$@"
+fi
+if [ -z "${NPROC:-}" ]; then
+  NPROC="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)"
+  [ "$NPROC" -gt 0 ] || NPROC=1
+fi
+NNODES="${NNODES:-1}"
+case "$NPROC$NNODES" in
+  *[!0-9]*) echo "error: NPROC is '$NPROC' and NNODES is '$NNODES'; both must be whole numbers" >&2; exit 2 ;;
+esac
+WORLD="$((NPROC * NNODES))"
+for arg in "$@"; do
+  case "$arg" in                                            # what only prints needs no torchrun
+    -h | --help | --dry-run) exec "$PY" "$SELF" --world-size "$WORLD" "$@" ;;
+  esac
+done
+if [ "$NNODES" = 1 ]; then
+  RDZV=(--standalone)                                       # a free port: two runs on one machine do not collide
+else
+  RDZV=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK}"
+        --master-addr "${MASTER_ADDR:?set MASTER_ADDR}" --master-port "${MASTER_PORT:-29500}")
+fi
+# One process checks the flags first: a mistake is then one line and exit code 2, not torchrun's summary and 1.
+"$PY" "$SELF" --check --world-size "$WORLD" "$@"
+exec "$PY" -m torch.distributed.run "${RDZV[@]}" --nproc-per-node "$NPROC" "$SELF" "$@"
+":""" or '' << '#END-OF-PYTHON'
+import os
+import shlex
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[0] = ROOT                      # was examples/; `import engine` works without an install
+
+# Tunes the model that `make demo` pretrained (or another: --load) on questions and answers, on a laptop's CPU.
+# The loss is taken on the answers only and averaged over the supervised tokens of the whole batch.
+ARGS = shlex.split("""
+    --seq-len 256
+    --global-batch 16 --micro-batch 4
+    --lr 5e-4 --warmup 10 --steps 100
+    --eval-every 50 --save-every 100
+""", comments=True)
+ARGS += ["--load", f"{ROOT}/demo/runs/pretrain", "--out", f"{ROOT}/runs/finetune_tiny"]
+# Unless the caller brings data: the questions and answers that `make demo` makes from Python's own documentation.
+DEMO = ["--data", f"{ROOT}/demo/data/instructions.jsonl"]
+DEMO += ["--valid-data", f"{ROOT}/demo/data/heldout_instructions.jsonl"]
+
+if __name__ == "__main__":              # children started by spawn import this file again
+    from engine.finetune import main
+    own = any(arg.split("=")[0] in ("--data", "--config") for arg in sys.argv[1:])
+    sys.exit(main(ARGS + ([] if own else DEMO) + sys.argv[1:]))  # the caller's flags come last, so they win
+#END-OF-PYTHON
