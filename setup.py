@@ -12,7 +12,7 @@ README = ROOT / "README.md"
 
 
 def version() -> str:
-    """The version in engine/__init__.py, read as text: importing the engine would need what setup is about to install."""
+    """The version in engine/__init__.py, read as text: importing it would need what setup is about to install."""
     found = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "engine" / "__init__.py").read_text(), re.MULTILINE)
     if found is None:
         raise SystemExit('engine/__init__.py has no line __version__ = "..."')
@@ -27,10 +27,10 @@ setup(
     description="A 3D-parallel engine for language models in which every layout computes the same run.",
     long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.11",
-    # find_packages sees only folders with an __init__.py. `kernels/` must not have one (Hugging Face owns that name, and
-    # transformers probes for it), so it and its folders are listed by hand; engine/kernels.py leads imports there.
+    # find_packages sees only folders with an __init__.py. `kernels/` must not have one (Hugging Face owns that name and
+    # transformers probes for it), so it is listed by hand, and so is any folder in it; engine/kernels.py finds it.
     packages=[*find_packages(include=["engine", "engine.*"]), "engine.kernels"],
     package_dir={"engine.kernels": "kernels"},
     install_requires=[
@@ -48,7 +48,7 @@ setup(
         "gpu": ["triton>=3.6"],
         "data": ["ftfy", "pyarrow", "zstandard"],
         "plot": ["matplotlib"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", *HF],  # setuptools: the tests build the wheel
+        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", *HF],  # the tests build a wheel
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },
 )
