@@ -1,0 +1,51 @@
+"""RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450) over the last dim.
+
+RMSNorm: y = w x / rms(x), rms(x) = sqrt(mean(x^2) + eps). With xhat = x / rms(x) and g the gradient of y:
+gw = sum over rows of g xhat;  gx = (g w - xhat mean(g w xhat)) / rms(x).
+Statistics are fp32 (fp64 for fp64 input).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics are computed in: fp64 stays, everything else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        xw = x.to(wide(x.dtype))
+        norm = torch.linalg.vector_norm(xw, dim=-1, keepdim=True)
+        rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return (xw * rstd).mul_(weight.to(xw.dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        x, weight, rstd = ctx.saved_tensors
+        width = x.shape[-1]
+        g = grad.to(rstd.dtype)
+        w = weight.to(rstd.dtype)
+        xhat = x.to(rstd.dtype) * rstd
+        product = g * xhat
+        grad_weight = product.reshape(-1, width).sum(0).to(weight.dtype)
+        mean = (product @ w).unsqueeze(-1).div_(width)
+        grad_x = (g * w).sub_(xhat.mul_(mean)).mul_(rstd)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., width], weight [width] -> [..., width]."""
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., width], weight and bias [width] -> [..., width]."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
