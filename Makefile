@@ -38,7 +38,7 @@ gpu: $(STAMP)  ## on a CUDA GPU: the tests of the kernels, then the benchmarks; 
 	else echo "make gpu: torch sees no CUDA GPU here, nothing was run"; fi
 
 clean:  ## remove .venv, caches and what the demo made
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo/data demo/tokenizer demo/runs demo/hf demo/logs demo/stamps
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned, so that the demo and the golden numbers are those of one version; the rest by range.
