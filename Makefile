@@ -12,6 +12,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## build .venv: torch, this package (editable), test and lint extras
+	@echo ".venv is ready: $$($(PY) --version)"
 
 demo: $(STAMP)  ## the whole chain on this machine: text, tokenizer, pretraining, Hugging Face, tuning, samples
 	@$(PY) examples/demo.py
@@ -47,7 +48,7 @@ $(STAMP): setup.py
 	  if $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then found=$$p; break; fi; \
 	done; \
 	if [ -z "$${found:-}" ]; then \
-	  echo "error: Triax needs Python 3.11 or newer with venv; python3 here is $$(python3 --version 2>&1 | head -1)." \
+	  echo "error: Triax needs Python 3.11 or newer with venv; python3 here is $$(python3 --version 2> /dev/null || echo absent)." \
 	       "Install python3.11 or python3.12 (on Debian and Ubuntu also python3.12-venv)." >&2; exit 2; \
 	fi; \
 	$(PY) -m pip --version > /dev/null 2>&1 || { echo "building .venv with $$($$found --version)"; $$found -m venv --clear .venv; }
