@@ -92,10 +92,11 @@ class Decoder(nn.Module):
 
     def _vocab(self, name: str, primary: bool) -> nn.Parameter:
         parts = self.parts
-        across = parts.config.tied and not (self.first and self.last)  # the other copy lives on another stage
+        alone = self.first and self.last  # a tied weight is then one parameter, used twice; else two copies
         return vocab_parameter(
             name, parts.config.vocab_size, parts.padded_vocab, parts.config.hidden, std=parts.config.init_std,
-            tp=parts.tp, tied=across, primary=primary, dtype=parts.dtype, device=parts.device)
+            tp=parts.tp, tied=parts.config.tied and not alone, uses=2 if parts.config.tied and alone else 1,
+            primary=primary, dtype=parts.dtype, device=parts.device)
 
     def forward(self, x: torch.Tensor, *, position: int = 0, caches: Sequence[LayerCache] | None = None) -> torch.Tensor:
         if self.embedding is not None:
@@ -116,6 +117,12 @@ class Decoder(nn.Module):
             return None
         positions = torch.arange(position, position + seq, device=self.parts.device)
         return rope_table(positions, config.head_dim, config.rope_theta, self.parts.dtype)
+
+    def boundary(self, batch: int, seq: int) -> torch.Tensor:
+        """Empty memory for an activation between stages: [batch, seq or seq/tp, hidden]."""
+        parts = self.parts
+        part = parts.tp.share(seq) if parts.tp.sequence else seq
+        return torch.empty(batch, part, parts.config.hidden, dtype=parts.dtype, device=parts.device)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of each token [batch * seq], 0 where not supervised; uses up the logits [batch, seq, vocab/tp]."""

@@ -38,16 +38,17 @@ class TensorParallel:
 def all_gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """[batch, seq/tp, hidden] -> [batch, seq, hidden], no gradient."""
     batch, part, hidden = x.shape
-    parts = x.new_empty(tp.size, batch, part, hidden)
+    parts = x.new_empty(tp.size * batch, part, hidden)
     dist.all_gather_into_tensor(parts, x.contiguous(), group=tp.group)
-    return parts.transpose(0, 1).reshape(batch, tp.size * part, hidden)  # a view when batch is 1
+    return parts.view(tp.size, batch, part, hidden).transpose(0, 1).reshape(batch, tp.size * part, hidden)  # a view when batch is 1
 
 
 def start_reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, dist.Work]:
     """Begins [batch, seq, hidden], a partial sum on each rank -> [batch, seq/tp, hidden]; wait for the work."""
     batch, seq, hidden = x.shape
-    parts = x.view(batch, tp.size, seq // tp.size, hidden).transpose(0, 1).contiguous()
-    mine = torch.empty_like(parts[0])
+    part = seq // tp.size
+    parts = x.view(batch, tp.size, part, hidden).transpose(0, 1).reshape(tp.size * batch, part, hidden)
+    mine = x.new_empty(batch, part, hidden)
     return mine, dist.reduce_scatter_tensor(mine, parts, group=tp.group, async_op=True)
 
 

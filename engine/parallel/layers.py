@@ -172,10 +172,10 @@ class VocabParallelHead(nn.Module):
 
 
 def vocab_parameter(name: str, vocab: int, padded: int, hidden: int, *, std: float, tp: TensorParallel, tied: bool,
-                    primary: bool, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+                    uses: int, primary: bool, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A [padded/tp, hidden] matrix over the vocabulary; padded rows are zero and belong to no logical tensor."""
     member = split_rows(name, (vocab, hidden), tp.rank, tp.size, padded=padded, primary=primary)
-    return make_parameter((padded // tp.size, hidden), Shard((member,), std=std, tied=tied), dtype, device)
+    return make_parameter((padded // tp.size, hidden), Shard((member,), std=std, tied=tied, uses=uses), dtype, device)
 
 
 def replicated(name: str, size: int, fill: float, tp: TensorParallel, dtype: torch.dtype,

@@ -50,6 +50,8 @@ class Shard:
     """Constant initial value (norms 1, biases 0)."""
     tied: bool = False
     """The embedding shared with the head of another stage: gradients are summed over both stages."""
+    uses: int = 1
+    """Gradients one backward pass adds: 2 for an embedding that is the same stage's head too."""
 
 
 def make_parameter(shape: Sequence[int], shard: Shard, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -107,3 +109,16 @@ def split_columns(name: str, shape: Sequence[int], part: int, parts: int) -> Mem
 def whole(name: str, shape: Sequence[int], *, primary: bool, partial: str | None = None) -> Member:
     """The member of a tensor that every tp rank holds whole; `primary` on one of them."""
     return Member(name, tuple(shape), tuple(0 for _ in shape), tuple(shape), 0, shape[0], primary, partial)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rectangle of a checkpoint and the local memory that holds it.
+
+    `kind` is model, master, exp_avg or exp_avg_sq; `tensor` has the shape `piece.extent` and is a view: saving reads
+    it (where `piece.member.primary`), loading fills it.
+    """
+
+    kind: str
+    piece: Piece
+    tensor: torch.Tensor

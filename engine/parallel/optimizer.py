@@ -1,0 +1,119 @@
+"""The sharded optimizer (ZeRO stage 1, arXiv:1910.02054): each dp rank updates its rows of every bucket.
+
+Order of a step, and why: partial gradients are summed over tp (or the kv group, or the tied pair of stages) on the
+shard, after the dp sum, where they are smallest; then the global norm; then nothing moves if it is not finite; then
+clip, AdamW on the shard, and the all-gather of the new parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from engine.config import OptimizerConfig
+from engine.kernels.adamw import adamw_
+from engine.mesh import Mesh
+from engine.parallel.buckets import Bucket, GradientBuckets
+from engine.parallel.sharding import Entry, pieces, shard_of
+
+
+@dataclass
+class Moments:
+    """Optimizer state of one bucket's shard, flat; `master` is the shard of the parameters where they are wide."""
+
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    separate: bool
+
+
+class ShardedAdamW:
+    """AdamW over the shards of all buckets of this rank."""
+
+    def __init__(self, chunks: Sequence[GradientBuckets], config: OptimizerConfig, mesh: Mesh) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.buckets = [bucket for chunk in chunks for bucket in chunk.buckets]
+        self.moments = [_moments(bucket) for bucket in self.buckets]
+        self.steps = 0
+
+    def step(self, lr: float) -> float:
+        """Updates the parameters with the gradients in the buckets; returns the global gradient norm before clipping.
+
+        A norm that is not finite is returned with nothing changed.
+        """
+        self._sum_partial()
+        norm = self.grad_norm()
+        if norm != norm or norm == float("inf"):
+            return norm
+        scale = min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip > 0 else 1.0
+        self.steps += 1
+        for bucket, state in zip(self.buckets, self.moments, strict=True):
+            if scale < 1.0:
+                bucket.shard_grads.mul_(scale)
+            adamw_(state.master, bucket.shard_grads, state.exp_avg, state.exp_avg_sq, step=self.steps, lr=lr,
+                   beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.adam_eps,
+                   weight_decay=self.config.weight_decay if bucket.decay else 0.0)
+            if state.separate:
+                bucket.shard_data.copy_(state.master)
+            bucket.gather()
+        return norm
+
+    def grad_norm(self) -> float:
+        """The norm over the whole model, each logical element counted once (padding and copies left out)."""
+        squares = [bucket.shard_grads[span].norm().double().square()
+                   for bucket in self.buckets for piece, span in bucket.shard_pieces() if piece.member.primary]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        if self.mesh.layout.world > 1:
+            total = total.to(self.buckets[0].grads.device)
+            dist.all_reduce(total)
+        return float(total.sqrt())
+
+    def _sum_partial(self) -> None:
+        """Sums what each rank has only a part of: one flat message a group."""
+        for name in ("tp", "kv"):
+            group = self.mesh.group(name)
+            if group is None:
+                continue
+            views = [bucket.shard_grads[span] for bucket in self.buckets
+                     for piece, span in bucket.shard_pieces() if piece.member.partial == name]
+            if views:
+                flat = torch.cat(views)
+                dist.all_reduce(flat, group=group)
+                for view, part in zip(views, flat.split([v.numel() for v in views]), strict=True):
+                    view.copy_(part)
+        for bucket in self.buckets:
+            if bucket.tied:
+                dist.all_reduce(bucket.shard_grads, group=self.mesh.group("edge"))
+
+    def entries(self) -> Iterator[Entry]:
+        """This rank's part of a checkpoint, to save: weights, master weights and moments of its rows."""
+        for bucket, state in zip(self.buckets, self.moments, strict=True):
+            parts = [("model", bucket.shard_data), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)]
+            if state.separate:
+                parts.append(("master", state.master))
+            for piece, span in bucket.shard_pieces():
+                for kind, flat in parts:
+                    yield Entry(kind, piece, flat[span].view(piece.extent))
+
+    def weight_entries(self) -> Iterator[Entry]:
+        """Every local parameter whole, to load weights into."""
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                for piece in pieces(shard_of(slot.parameter), 0, slot.rows):
+                    yield Entry("model", piece, slot.parameter.detach()[slice(*piece.rows)])
+
+    def reset_master(self) -> None:
+        """Takes the master weights from the parameters, after weights were initialised or loaded without them."""
+        for bucket, state in zip(self.buckets, self.moments, strict=True):
+            if state.separate:
+                state.master.copy_(bucket.shard_data)
+
+
+def _moments(bucket: Bucket) -> Moments:
+    separate = bucket.data.dtype != bucket.grads.dtype
+    master = bucket.shard_data.to(bucket.grads.dtype) if separate else bucket.shard_data
+    return Moments(master, torch.zeros_like(bucket.shard_grads), torch.zeros_like(bucket.shard_grads), separate)

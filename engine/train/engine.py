@@ -1,0 +1,136 @@
+"""One rank's model, optimizer and executor: what a step does, without the loop around it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine.config import RunConfig
+from engine.data.batches import Batch
+from engine.errors import UserError
+from engine.kernels.cross_entropy import IGNORE
+from engine.mesh import Mesh
+from engine.model import Decoder, Parts, stage_layers
+from engine.parallel.buckets import GradientBuckets
+from engine.parallel.collectives import TensorParallel
+from engine.parallel.executor import Chunk, Executor, make_chunks
+from engine.parallel.init import initialize
+from engine.parallel.optimizer import ShardedAdamW
+from engine.train.schedule import learning_rate
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step computed, the same on every rank. `stop` is set when any rank was asked to stop."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    supervised: int
+    crc: int
+    stop: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weights moved."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Engine:
+    """Builds this rank's part of the model and trains it."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.device = device
+        tp = TensorParallel(mesh.group("tp"), mesh.tp, mesh.size("tp"),
+                            config.parallel.sequence_parallel and mesh.size("tp") > 1)
+        self.parts = Parts(config.model, tp, dtype, device, config.runtime.attention, config.runtime.recompute)
+        virtual = config.parallel.virtual_stages
+        self.stages = stage_layers(config.model.layers, mesh.size("pp") * virtual)
+        self.chunks: list[Chunk] = make_chunks(mesh, virtual, self._build)
+        self.executor = Executor(self.chunks, mesh, config.parallel.schedule)
+        self.optimizer = ShardedAdamW([c.buckets for c in self.chunks if c.buckets], config.optimizer, mesh)
+        self.step = 0
+
+    def _build(self, stage: int) -> tuple[Decoder, GradientBuckets]:
+        first, last = stage == 0, stage == len(self.stages) - 1
+        model = Decoder(self.parts, self.stages[stage], first=first, last=last)
+        buckets = GradientBuckets(model, dp=self.mesh.group("dp"), dp_rank=self.mesh.dp, dp_size=self.mesh.size("dp"))
+        return model, buckets
+
+    def models(self) -> Iterator[Decoder]:
+        """This rank's chunks of the model."""
+        for chunk in self.chunks:
+            assert isinstance(chunk.model, Decoder)
+            yield chunk.model
+
+    def initialize(self) -> None:
+        """Fills the weights from the seed and their names."""
+        for model in self.models():
+            for parameter in model.parameters():
+                initialize(parameter, self.config.runtime.seed)
+        self.optimizer.reset_master()
+
+    def train_step(self, batch: Batch, stop: bool = False) -> StepResult:
+        """One optimizer step on this rank's part of the global batch. Raises UserError when nothing is supervised."""
+        tokens, labels = self._tensors(batch)
+        total = self._supervised(labels)
+        if total == 0:
+            raise UserError(f"step {self.step + 1}: no token of the global batch is supervised; look at the labels")
+        loss_sum = self.executor.train(tokens, labels, self.config.batch.micro_batch, total)
+        lr = learning_rate(self.config.optimizer, self.step, self.config.batch.steps)
+        loss, crc, stops = self._report(loss_sum, crc_of(batch), stop)
+        norm = self.optimizer.step(lr) if math.isfinite(loss) else math.nan
+        self.step += 1
+        return StepResult(loss / total, norm, lr, total, crc, stops)
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Mean loss over the supervised tokens of all batches of all dp ranks."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = 0
+        for batch in batches:
+            tokens, labels = self._tensors(batch)
+            total += self._supervised(labels)
+            loss += self.executor.evaluate(tokens, labels, self.config.batch.micro_batch)
+        return self._report(loss, 0, False)[0] / max(1, total)
+
+    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch on the device; under sequence parallelism padded to a length that tp divides, labels ignored."""
+        tokens, labels = (torch.from_numpy(np.ascontiguousarray(a)) for a in (batch.tokens, batch.labels))
+        more = -tokens.shape[1] % self.parts.tp.size if self.parts.tp.sequence else 0
+        if more:
+            tokens = torch.nn.functional.pad(tokens, (0, more))
+            labels = torch.nn.functional.pad(labels, (0, more), value=IGNORE)
+        return tokens.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _supervised(self, labels: torch.Tensor) -> int:
+        """Supervised tokens of the global batch; counted before the backward pass, which divides by it."""
+        count = (labels != IGNORE).sum()
+        if self.mesh.group("dp") is not None:
+            dist.all_reduce(count, group=self.mesh.group("dp"))
+        return int(count)
+
+    def _report(self, loss: torch.Tensor, crc: int, stop: bool) -> tuple[float, int, bool]:
+        """Sums over the world, in one message: the loss (the last stage's, once a tp group), the samples' checksum
+        (once a dp rank) and the wish to stop."""
+        voice = self.mesh.tp == 0 and self.mesh.pp == self.mesh.size("pp") - 1
+        numbers = torch.stack([loss if voice else torch.zeros_like(loss),
+                               loss.new_tensor(float(crc if voice else 0)), loss.new_tensor(float(stop))])
+        if self.mesh.layout.world > 1:
+            dist.all_reduce(numbers)
+        total, crcs, stops = numbers.tolist()
+        return total, int(crcs), stops > 0
+
+
+def crc_of(batch: Batch) -> int:
+    """A sum of checksums of the batch's sequences: the same for every layout that reads the same samples."""
+    return sum(zlib.crc32(np.ascontiguousarray(row)) for row in batch.tokens)
