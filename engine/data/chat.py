@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,9 +23,7 @@ from engine.data.batches import Batch
 from engine.data.chat_rows import Message, read_chats
 from engine.data.samples import mix, permute
 from engine.errors import UserError
-
-if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer
 
 IGNORE = -100
 """Label of what is not learned."""
@@ -114,7 +111,7 @@ class ChatBatches:
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, *, seq_len: int, global_batch: int, dp_rank: int = 0,
                  dp: int = 1, seed: int = 0, multiple: int = 8) -> None:
-        """Raises UserError for a bad row, a tokenizer without ChatML's pieces, and when nothing at all can be learned."""
+        """Raises UserError for a bad row, a tokenizer without ChatML's pieces, and when nothing can be learned."""
         self.global_batch, self.dp_rank, self.dp, self.multiple = global_batch, dp_rank, dp, multiple
         self.seq_len = seq_len
         self.rows = self.dropped = self.truncated = self.supervised = 0
@@ -124,8 +121,8 @@ class ChatBatches:
         self.tokens = len(self._ids) - self.epoch_size  # a row of n + 1 ids is n tokens with n labels
         if self.supervised == 0:
             raise UserError(
-                f"{path}: none of its {self.rows} rows has anything to learn within {seq_len} tokens; what is learned is "
-                'what the assistant says, unless "train" is false or "weight" 0; longer prompts need a larger --seq-len'
+                f"{path}: none of its {self.rows} rows has anything to learn within {seq_len} tokens; learned is what "
+                'the assistant says, unless "train" is false or "weight" 0; longer prompts need a larger --seq-len'
             )
 
     def _load(self, path: str | Path, encoder: ChatEncoder) -> None:
