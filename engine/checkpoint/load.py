@@ -1,0 +1,223 @@
+"""Loading: a step folder opened with suspicion, its slices checked as they are read, any layout served by slicing."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint.dtypes import CODES, DTYPES
+from engine.checkpoint.manifest import LogicalTensor, Manifest, Slice, load_manifest
+from engine.checkpoint.slices import KINDS, Entry, Shape, cover_fault, overlap, window
+from engine.checkpoint.source import match_dtypes, match_names
+from engine.checkpoint.tensorfile import TensorFile
+from engine.errors import UserError
+
+CHECKERS = 2
+"""Threads that compute checksums ahead of the copying."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What a wanted rectangle takes from one slice."""
+
+    piece: Slice
+    start: Shape
+    extent: Shape
+
+
+class Checkpoint:
+    """An opened step folder; its structure has been checked, its values are checked when they are read."""
+
+    def __init__(self, folder: Path, manifest: Manifest, files: Mapping[str, TensorFile]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._files = files
+        self._sound: set[tuple[str, str]] = set()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest.step
+
+    @property
+    def samples(self) -> int:
+        """Training samples consumed."""
+        return int(self.manifest.meta["samples"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's config, as `engine.config.to_dict` made it."""
+        return dict(self.manifest.meta["config"])
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """All that the run saved beside its tensors: samples, config, world and more."""
+        return self.manifest.meta
+
+    @property
+    def tensors(self) -> Mapping[str, LogicalTensor]:
+        """Kind and logical name -> shape, dtype, slices."""
+        return self.manifest.tensors
+
+    @property
+    def assets(self) -> Path:
+        """The folder with the HF config, the tokenizer and the chat template."""
+        return self.folder / "hf"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of tensors it holds: the model, and what the optimizer had."""
+        held = {name.partition("/")[0] for name in self.tensors}
+        return tuple(kind for kind in KINDS if kind in held)
+
+    def source(self, kind: str = "model") -> CheckpointSource:
+        """The tensors of one kind under their logical names."""
+        return CheckpointSource(self, kind)
+
+    def load(self, entries: Iterable[Entry], *, expected: Mapping[str, Shape], cast: bool = False,
+             kinds: Sequence[str] = KINDS) -> None:
+        """Fills every entry of the given kinds in place, whatever layout wrote them.
+
+        `expected`: all logical names and shapes of the model, also those of other ranks; `kinds`: the kinds this run
+        has. Raises UserError naming every tensor that is missing, extra, of another shape or (unless `cast`) dtype,
+        and each slice whose bytes do not match their checksum.
+        """
+        for kind in kinds:
+            match_names(f"{self.folder} ({kind})", self.source(kind).shapes, expected)
+        wanted = [entry for entry in entries if entry.kind in kinds]
+        if not cast:
+            match_dtypes(str(self.folder), ((entry.name, DTYPES[self.tensors[entry.name].dtype], entry.tensor.dtype)
+                                            for entry in wanted))
+        plan = [(entry, self._cuts(entry.name, entry.piece.start, entry.piece.extent)) for entry in wanted]
+        plan.sort(key=lambda item: self._position(item[1][0].piece))
+        pool = ThreadPoolExecutor(CHECKERS)
+        try:
+            checks: dict[tuple[str, str], Future[None]] = {}
+            for _, cuts in plan:
+                for cut in cuts:
+                    mark = (cut.piece.file, cut.piece.key)
+                    if mark not in checks:
+                        checks[mark] = pool.submit(self._verify, cut.piece)
+            for entry, cuts in plan:
+                for cut in cuts:
+                    checks[cut.piece.file, cut.piece.key].result()
+                    target = window(entry.tensor.detach(), cut.start, cut.extent, entry.piece.start)
+                    target.copy_(self._values(cut))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def read(self, name: str, start: Shape, extent: Shape) -> torch.Tensor:
+        """The rectangle of tensor `name` (with its kind); a view of the file where one slice holds it all."""
+        cuts = self._cuts(name, start, extent)
+        for cut in cuts:
+            self._verify(cut.piece)
+        if len(cuts) == 1 and cuts[0].extent == tuple(extent):
+            return self._values(cuts[0])
+        whole = torch.empty(extent, dtype=DTYPES[self.tensors[name].dtype])
+        for cut in cuts:
+            window(whole, cut.start, cut.extent, start).copy_(self._values(cut))
+        return whole
+
+    def _cuts(self, name: str, start: Shape, extent: Shape) -> list[_Cut]:
+        cuts = []
+        for piece in self.tensors[name].slices:
+            shared = overlap(start, extent, piece.offset, piece.shape)
+            if shared is not None:
+                cuts.append(_Cut(piece, *shared))
+        return cuts
+
+    def _values(self, cut: _Cut) -> torch.Tensor:
+        return window(self._files[cut.piece.file].tensor(cut.piece.key), cut.start, cut.extent, cut.piece.offset)
+
+    def _position(self, piece: Slice) -> tuple[str, int]:
+        """Where a slice stands on disk: reading in this order is reading ahead."""
+        return piece.file, self._files[piece.file].tensors[piece.key].begin
+
+    def _verify(self, piece: Slice) -> None:
+        """Checks a slice's bytes, once."""
+        mark = (piece.file, piece.key)
+        if mark in self._sound:
+            return
+        found = zlib.crc32(self._files[piece.file].raw(piece.key))
+        if found != piece.crc32:
+            raise UserError(f"{self.folder / piece.file}: the bytes of {piece.key} do not match their checksum (crc32 "
+                            f"{found:08x}, written {piece.crc32:08x}); the file is damaged: take another step")
+        self._sound.add(mark)
+
+
+class CheckpointSource:
+    """A checkpoint's tensors of one kind, as a TensorSource."""
+
+    def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
+        self.place = str(checkpoint.folder)
+        self._checkpoint = checkpoint
+        self._kind = kind
+        self.shapes: Mapping[str, Shape] = {name.partition("/")[2]: tensor.shape for name, tensor
+                                            in checkpoint.tensors.items() if name.partition("/")[0] == kind}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Number format of a tensor."""
+        return DTYPES[self._checkpoint.tensors[f"{self._kind}/{name}"].dtype]
+
+    def read(self, name: str, start: Shape, extent: Shape) -> torch.Tensor:
+        """The rectangle [start, start + extent) of a tensor, its checksums verified."""
+        return self._checkpoint.read(f"{self._kind}/{name}", start, extent)
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Opens a step folder and checks its structure: manifest, files and their sizes, headers, coverage, hf files.
+
+    Raises UserError for the first fault, by name.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    for key, kind in (("samples", int), ("config", dict), ("world", dict)):
+        if type(manifest.meta.get(key)) is not kind:
+            raise UserError(f"{folder}: the manifest has no {key}")
+    for name, size in manifest.files.items():
+        _check_size(folder / name, size)
+    for stray in sorted(folder.glob("*.safetensors")):
+        if stray.name not in manifest.files:
+            raise UserError(f"{stray} is not in the manifest: the folder mixes two checkpoints; move it away")
+    files = {name: TensorFile(folder / name) for name in manifest.files}
+    _check_slices(folder, manifest, files)
+    for name, (size, crc) in manifest.assets.items():
+        _check_size(folder / "hf" / name, size)
+        if zlib.crc32((folder / "hf" / name).read_bytes()) != crc:
+            raise UserError(f"{folder / 'hf' / name} does not match its checksum: it is damaged or was edited")
+    return Checkpoint(folder, manifest, files)
+
+
+def _check_size(path: Path, size: int) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path} is missing, or is not a plain file")
+    found = path.stat().st_size
+    if found != size:
+        raise UserError(f"{path} has {found} bytes, and the manifest says {size}; it is truncated or damaged")
+
+
+def _check_slices(folder: Path, manifest: Manifest, files: Mapping[str, TensorFile]) -> None:
+    """The files' headers hold exactly the manifest's slices, and these cover each tensor once."""
+    unused = {(file, key) for file, opened in files.items() for key in opened.tensors}
+    for name, tensor in manifest.tensors.items():
+        for piece in tensor.slices:
+            place = (piece.file, piece.key)
+            if place not in unused:
+                raise UserError(f"{folder / piece.file} does not hold {piece.key}, or the manifest names it twice")
+            unused.remove(place)
+            stored = files[piece.file].tensors[piece.key]
+            if (stored.code, stored.shape) != (CODES[tensor.dtype], piece.shape):
+                raise UserError(f"{folder / piece.file}: {piece.key} is {stored.code} {list(stored.shape)}, and the "
+                                f"manifest says {CODES[tensor.dtype]} {list(piece.shape)}")
+        fault = cover_fault(tensor.shape, [(piece.offset, piece.shape) for piece in tensor.slices])
+        if fault is not None:
+            raise UserError(f"{folder}: {name} is not whole: {fault}")
+    if unused:
+        file, key = min(unused)
+        raise UserError(f"{folder / file} holds {key}, which the manifest does not name")

@@ -1,0 +1,186 @@
+"""One safetensors file: a strict reader over a memory map, and a writer that streams and takes checksums on the way.
+
+Format (huggingface/safetensors): u64 header length, a JSON header {name: {dtype, shape, data_offsets}}, raw bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint.dtypes import CODE_BYTES, CODES, code_dtype, dtype_name
+from engine.checkpoint.strict_json import parse_object
+from engine.errors import UserError
+
+MAX_HEADER = 100 << 20
+"""Bytes of the longest header; the safetensors library has the same limit."""
+ALIGNMENT = 8
+"""The data section begins at a multiple of this."""
+INLINE = 1 << 20
+"""Tensors of fewer bytes are summed in line: a thread would cost more than it gains."""
+WRITE = 64 << 20
+"""Bytes handed to the kernel at a time."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: its safetensors dtype code, shape, and its bytes [begin, end) of the whole file."""
+
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A tensor to be written: what the header says of it now, its values when its turn comes."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """A safetensors file, its header checked, its tensors views of a private memory map (copy on write)."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError for every way in which the header can be wrong."""
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.tensors = _read_header(file, size, path)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+    def raw(self, key: str) -> memoryview:
+        """The bytes of a tensor."""
+        stored = self.tensors[key]
+        return memoryview(self._map)[stored.begin : stored.end]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A tensor as a view of the file's map; a copy only where its bytes are not aligned."""
+        stored = self.tensors[key]
+        dtype = code_dtype(stored.code, f"{self.path}: {key}")
+        if stored.begin == stored.end:
+            return torch.empty(stored.shape, dtype=dtype)
+        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=stored.end - stored.begin, offset=stored.begin)
+        if stored.begin % dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(dtype).view(stored.shape)
+
+
+def _read_header(file: io.BufferedReader, size: int, path: Path) -> dict[str, Stored]:
+    length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+    if size < 8 + length or length < 2 or length > MAX_HEADER:
+        raise UserError(f"{path} is not a whole safetensors file: {size} bytes, and a header of {length}")
+    header = parse_object(file.read(length), f"the header of {path}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"the header of {path} has a __metadata__ that is not text")
+    data = 8 + length
+    found = {name: _stored(entry, data, f"{path}: {name!r}") for name, entry in header.items()}
+    expected = data
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if stored.begin != expected:
+            word = "overlaps the tensor before it" if stored.begin < expected else "leaves a hole before it"
+            raise UserError(f"{path}: {name!r} {word}")
+        expected = stored.end
+    if expected != size:
+        raise UserError(f"{path} has {size} bytes, but its header accounts for {expected}; it is truncated or damaged")
+    return found
+
+
+def _stored(entry: Any, data: int, what: str) -> Stored:
+    """One entry of a header, checked by itself."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{what} must have dtype, shape and data_offsets in the header")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in CODE_BYTES:
+        raise UserError(f"{what} has the unknown dtype {code!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise UserError(f"{what} has shape {shape!r} and data_offsets {offsets!r}, which are not sizes")
+    if offsets[1] - offsets[0] != math.prod(shape) * CODE_BYTES[code]:
+        raise UserError(f"{what} has {offsets[1] - offsets[0]} bytes, but shape {shape} of {code} needs "
+                        f"{math.prod(shape) * CODE_BYTES[code]}")
+    return Stored(code, tuple(shape), data + offsets[0], data + offsets[1])
+
+
+def _naturals(values: Any) -> bool:
+    """Whether `values` is a list of whole numbers, none negative."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def write_tensors(path: Path, blocks: Sequence[Block], metadata: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Writes a new file, block after block, and fsyncs it; returns the crc32 of each block's bytes.
+
+    At most one block's values are held at a time. The checksum runs in a thread beside the write (both leave the
+    interpreter). Raises FileExistsError, other OSErrors, and UserError for two blocks of one key.
+    """
+    # Wide formats first, as the format asks: then every tensor is aligned without holes.
+    ordered = sorted(blocks, key=lambda block: -block.dtype.itemsize)
+    sums: dict[str, int] = {}
+    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        _write(file, memoryview(_header(ordered, metadata or {}, path)))
+        for block in ordered:
+            data = _values(block)
+            if len(data) < INLINE:
+                sums[block.key] = zlib.crc32(data)
+                _write(file, data)
+            else:
+                running = pool.submit(zlib.crc32, data)
+                _write(file, data)
+                sums[block.key] = running.result()
+        os.fsync(file.fileno())
+    return sums
+
+
+def _header(blocks: Sequence[Block], metadata: Mapping[str, str], path: Path) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for block in blocks:
+        if block.key in header:
+            raise UserError(f"{path}: two tensors are called {block.key}")
+        header[block.key] = {"dtype": CODES[dtype_name(block.dtype)], "shape": list(block.shape),
+                             "data_offsets": [begin, begin + block.bytes]}
+        begin += block.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _values(block: Block) -> memoryview:
+    """The block's bytes, in host memory."""
+    tensor = block.read()
+    if tensor.dtype != block.dtype or tuple(tensor.shape) != block.shape:
+        raise UserError(f"{block.key} was announced as {block.dtype} {list(block.shape)} and came as {tensor.dtype} "
+                        f"{list(tensor.shape)}")
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _write(file: io.FileIO, data: memoryview) -> None:
+    """Writes all of `data`; the kernel may take less than it was given."""
+    done = 0
+    while done < len(data):
+        done += file.write(data[done : done + WRITE]) or 0
