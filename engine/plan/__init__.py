@@ -1,0 +1,17 @@
+"""What a run will need, before it starts: parameters, FLOPs, memory and idle time of any layout."""
+
+from engine.plan.estimate import Memory, Plan, StagePlan, estimate
+from engine.plan.fit import available_memory, require_memory
+from engine.plan.flops import flops_per_token, parameters, peak_flops
+
+__all__ = [
+    "Memory",
+    "Plan",
+    "StagePlan",
+    "available_memory",
+    "estimate",
+    "flops_per_token",
+    "parameters",
+    "peak_flops",
+    "require_memory",
+]

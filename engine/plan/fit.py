@@ -1,0 +1,182 @@
+"""Does it fit, and what would: planned before any process group exists, and said in plain words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from engine.config import Layout, RunConfig, check
+from engine.errors import UserError
+from engine.kernels.norm import wide
+from engine.plan.estimate import Plan, estimate
+from engine.plan.trace import Tracer
+from engine.plan.units import bytes_text
+
+TRY_HERE = "bash examples/pretrain_tiny.sh"
+NODE = 8
+"""Largest tp that is proposed: tensor parallelism wants the fast links inside one machine."""
+MOST_RANKS = 1024
+"""Largest number of devices that is tried."""
+DEVICES = (24, 48, 80, 141, 192, 288)
+"""Memory of common GPUs, in GB."""
+
+
+def require_memory(plan: Plan, available: int, what: str) -> None:
+    """Raises UserError when the plan's fullest rank needs more than `available` bytes, which `what` has.
+
+    `what` reads as the subject of "has": "this machine", "each GPU (NVIDIA L4)".
+    """
+    heaviest = plan.heaviest
+    if heaviest.memory.total <= available:
+        return
+    count = plan.layout.world
+    where = "one process" if count == 1 else f"the fullest of {count} processes ({plan.layout}, stage {heaviest.rank})"
+    model = plan.config.model.model
+    tracer = Tracer()
+    holders = [text for text in (_single(plan, tracer), _several(plan, available, tracer)) if text is not None]
+    raise UserError("\n".join([
+        f"training {model} in {str(plan.dtype).split('.')[-1]} needs {bytes_text(heaviest.memory.total)} on {where}; "
+        f"{what} has {bytes_text(available)}",
+        f"  the estimate: {heaviest.memory}",
+        f"  what would hold it: {', or '.join(holders)}" if holders else
+        f"  no layout of up to {MOST_RANKS} such devices holds it; lower --seq-len, or take a smaller --model",
+        f"  to try the whole chain here: {TRY_HERE}",
+    ]))
+
+
+def _single(plan: Plan, tracer: Tracer) -> str | None:
+    """The smallest common GPU that holds the whole model by itself, if any does."""
+    for config in _recomputing(plan.config):
+        found = _try(config, 1, 1, 1, plan.dtype, tracer)
+        need = found.heaviest.memory.total if found else DEVICES[-1] * 10**9 + 1
+        size = next((size for size in DEVICES if need <= size * 10**9), None)
+        if size is not None:
+            return f"one GPU of {size} GB ({_flags(plan.config, config, Layout(), need)})"
+    return None
+
+
+def _several(plan: Plan, available: int, tracer: Tracer) -> str | None:
+    """The smallest number of devices of `available` bytes that holds the model, and the flags for them."""
+    for world, tp, pp in _layouts():
+        if states_at_least(plan.parameters, plan.dtype, Layout(pp=pp, dp=world // (tp * pp), tp=tp)) > available:
+            continue  # most layouts end here, which spares building them
+        for config in _recomputing(plan.config):
+            found = _try(config, world, tp, pp, plan.dtype, tracer)
+            if found is not None and found.heaviest.memory.total <= available:
+                devices = "this one device" if world == 1 else f"{world} devices like this one"
+                return f"{devices} ({_flags(plan.config, config, found.layout, found.heaviest.memory.total)})"
+    return None
+
+
+def states_at_least(parameters: int, dtype: torch.dtype, layout: Layout) -> float:
+    """Bytes of weights, gradients and optimizer of the average rank, padding and copies left out."""
+    gradient = wide(dtype).itemsize
+    sharded = (3 if dtype != wide(dtype) else 2) + (1 if layout.dp > 1 else 0)
+    each = dtype.itemsize + gradient + gradient * sharded / layout.dp
+    return parameters * each / (layout.tp * layout.pp)
+
+
+def _layouts() -> Iterator[tuple[int, int, int]]:
+    """(world, tp, pp), few devices first, and of one number the layout with the least model parallelism first."""
+    world = 1
+    while world <= MOST_RANKS:
+        sizes = [2**i for i in range(world.bit_length())]
+        shapes = [(tp, pp) for pp in sizes for tp in sizes if tp <= NODE and tp * pp <= world]
+        for tp, pp in sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape[1])):
+            yield world, tp, pp
+        world *= 2
+
+
+def _recomputing(config: RunConfig) -> Iterator[RunConfig]:
+    """The config as it is, then with --recompute."""
+    yield config
+    if not config.runtime.recompute:
+        yield replace(config, runtime=replace(config.runtime, recompute=True))
+
+
+def _try(config: RunConfig, world: int, tp: int, pp: int, dtype: torch.dtype, tracer: Tracer) -> Plan | None:
+    """The estimate for a layout, or None where the rules forbid it (its step may be cut short)."""
+    config = replace(config, parallel=replace(config.parallel, tp=tp, pp=pp, virtual_stages=1, schedule="1f1b"))
+    try:
+        layout = check(config, world)
+    except UserError:
+        return None
+    # 1F1B never holds more than pp micro-batches: more of them only make the schedule longer to plan.
+    most = config.batch.micro_batch * layout.dp * pp
+    batch = replace(config.batch, global_batch=min(config.batch.global_batch, most))
+    return estimate(replace(config, batch=batch), layout, dtype, tracer)
+
+
+def _flags(asked: RunConfig, config: RunConfig, layout: Layout, need: int) -> str:
+    """The flags that lead from nothing to a layout, and what it then needs."""
+    flags = [f"--{axis} {getattr(layout, axis)}" for axis in ("tp", "pp") if getattr(layout, axis) > 1]
+    if config.runtime.recompute and not asked.runtime.recompute:
+        flags.append("--recompute")
+    if flags and layout.dp > 1:
+        flags.append(f"and dp {layout.dp}")
+    each = f"{bytes_text(need)}{' each' if layout.world > 1 else ''}"
+    return f"with {' '.join(flags)}: {each}" if flags else each
+
+
+def available_memory(device: torch.device, local_ranks: int) -> int:
+    """Bytes one rank may use: the GPU's memory, or its share of the main memory that is free now.
+
+    On CPU the cgroup's limit counts where there is one (containers).
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return main_memory() // max(1, local_ranks)
+
+
+def main_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that this process and its children can still take; `root` is where /proc and /sys hang."""
+    free = _machine_free(root / "proc/meminfo")
+    found = [_cgroup_free(folder, *names) for folder, *names in _cgroups(root)]
+    return min([free, *(left for left in found if left is not None)])
+
+
+def _machine_free(meminfo: Path) -> int:
+    """MemAvailable, or where the system does not say, all pages there are."""
+    try:
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """This process's memory groups and their parents, with the names of their limit, usage and statistics (v2, v1)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inside = Path(path.lstrip("/"))
+        for part in (inside, *inside.parents):
+            yield base / part, *names
+
+
+def _cgroup_free(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """What is left under a group's limit; file pages not in use are taken back when needed, so they count as free."""
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if not most.isdigit():  # "max": no limit
+        return None
+    return max(0, int(most) - used + int(statistics.get(cache, 0)))

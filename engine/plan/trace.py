@@ -1,0 +1,167 @@
+"""What one micro-batch keeps alive, read off the model's own code: forward and backward run on the meta device.
+
+A meta tensor has a shape and no memory, so a 70B layer takes milliseconds. Every storage that an operation makes is
+counted while something holds it, as an allocator would count it. Nothing here knows which tensors a layer saves: a
+kernel that keeps less is seen to keep less.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.config import ModelConfig
+from engine.model import Decoder, Parts
+from engine.parallel.buckets import GradientBuckets
+from engine.parallel.collectives import TensorParallel
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One micro-batch on one rank: all that the activations depend on besides how many layers there are."""
+
+    model: ModelConfig
+    dtype: torch.dtype
+    tp: int
+    sequence_parallel: bool
+    recompute: bool
+    attention: str
+    micro_batch: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch in one chunk: kept from forward to backward, and on top of that at the worst moment."""
+
+    kept: int
+    working: int
+
+
+@dataclass
+class Tracer:
+    """Traces chunks, each kind once: what repeats with every layer is the difference of two short traces."""
+
+    seen: dict[tuple[Shape, int, bool, bool], Activations] = field(default_factory=dict)
+
+    def chunk(self, shape: Shape, layers: int, first: bool, last: bool) -> Activations:
+        """Bytes of a chunk of `layers` layers, with the embedding if `first` and the head if `last`.
+
+        Under sequence parallelism (arXiv:2205.05198) what every tp rank would hold whole is split over tp; the working
+        memory is not, because gathered activations are whole for a moment.
+        """
+        found = self._chunk(shape, layers, first, last)
+        if not shape.sequence_parallel or shape.tp == 1:
+            return found
+        # What all tp ranks hold alike is what grows with the residual stream's width: heads, MLP and vocabulary are
+        # split over tp, and have widths of their own.
+        double = replace(shape, model=replace(shape.model, hidden=2 * shape.model.hidden))
+        alike = self._chunk(double, layers, first, last).kept - found.kept
+        return Activations(found.kept - alike * (shape.tp - 1) // shape.tp, found.working)
+
+    def _chunk(self, shape: Shape, layers: int, first: bool, last: bool) -> Activations:
+        """The same without sequence parallelism."""
+        one, two = (self._trace(shape, n, first, last) for n in (1, 2))
+        layer = two.kept - one.kept
+        if not shape.recompute:
+            return Activations(one.kept + (layers - 1) * layer, max(one.working, two.working))
+        # Each layer keeps its input alone; the rest of one layer comes back when its backward pass begins, and by then
+        # the head's part has gone.
+        entry = shape.micro_batch * shape.seq_len * shape.model.hidden * shape.dtype.itemsize
+        head = one.kept - self._trace(shape, 1, first, False).kept
+        again = layer - entry - head + self._trace(shape, 1, False, False).working
+        return Activations(one.kept - layer + layers * entry, max(one.working, again))
+
+    def _trace(self, shape: Shape, layers: int, first: bool, last: bool) -> Activations:
+        key = (replace(shape, sequence_parallel=False, recompute=False), layers, first, last)
+        if key not in self.seen:
+            self.seen[key] = trace(key[0], layers, first, last)
+        return self.seen[key]
+
+
+def trace(shape: Shape, layers: int, first: bool, last: bool) -> Activations:
+    """Forward and backward of one micro-batch through `layers` layers on the meta device.
+
+    Neither sequence parallelism nor recomputation: `Tracer` derives both from this.
+    """
+    parts = Parts(shape.model, TensorParallel(None, 0, shape.tp), shape.dtype, META, shape.attention)
+    model = Decoder(parts, range(layers), first=first, last=last)
+    buckets = GradientBuckets(model).buckets
+    size = (shape.micro_batch, shape.seq_len)
+    known = [flat for bucket in buckets for flat in (bucket.data, bucket.grads)]
+    with _FusedAttention(), Live(known) as memory:
+        x = torch.empty(size if first else (*size, shape.model.hidden), dtype=torch.long if first else shape.dtype,
+                        device=META, requires_grad=not first)
+        y = model(x)
+        if last:
+            y = model.loss(y, torch.empty(size, dtype=torch.long, device=META)).sum()
+        kept = memory.live
+        torch.autograd.backward(y, torch.empty_like(y))
+    return Activations(kept, memory.peak - kept)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages made under it: `live` now, `peak` the most so far. `known` are not counted."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.counted = {tensor.untyped_storage()._cdata for tensor in known}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would otherwise import its whole compiler to keep it out of this class: a second at every start."""
+        return False
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.counted:
+            self.counted.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.counted.discard(key)
+        self.live -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On real devices SDPA is fused; for meta tensors torch takes the form that keeps all the scores."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Flash.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Flash(torch.autograd.Function):
+    """The memory of flash attention (arXiv:2205.14135): q, k, v, y and one log-sum-exp a query are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # Laid out as [batch, seq, heads, head_dim], as the fused kernels write it.
+        y = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, y, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])

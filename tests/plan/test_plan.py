@@ -1,0 +1,284 @@
+"""The planner against the real thing: what it says a rank needs is what the engine's own modules allocate and keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.config import Layout, RunConfig, check, parse
+from engine.errors import UserError
+from engine.mesh import AXES, Mesh
+from engine.model import Decoder, Parts, stage_layers
+from engine.parallel.buckets import GradientBuckets
+from engine.parallel.collectives import TensorParallel
+from engine.parallel.optimizer import ShardedAdamW
+from engine.plan import available_memory, estimate, flops_per_token, parameters, peak_flops, require_memory
+from engine.plan.fit import main_memory, states_at_least
+from engine.plan.trace import Tracer, Live
+
+LLAMA = "--layers 3 --hidden 64 --ffn-hidden 160 --heads 4 --kv-heads 2 --vocab-size 251 --seq-len 96 --micro-batch 2"
+GPT2 = f"--model gpt2 {LLAMA} --kv-heads 4"
+SMALL = [LLAMA, f"{LLAMA} --tied", f"{LLAMA} --qk-norm", GPT2]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def config_of(flags: str) -> RunConfig:
+    return parse(flags.split())
+
+
+def decoder(config: RunConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Decoder:
+    model = Decoder(Parts(config.model, dtype=dtype, attention=attention, recompute=config.runtime.recompute),
+                    range(config.model.layers))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    return model
+
+
+def kept_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+    """Bytes that a real forward pass on the CPU saves for its backward, each storage once, parameters left out."""
+    model = decoder(config, dtype)
+    GradientBuckets(model)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.zeros(config.batch.micro_batch, config.batch.seq_len, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.loss(model(tokens), tokens).sum()
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("flags", SMALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_gradients_and_optimizer_are_what_the_buckets_allocate(flags: str, dtype: torch.dtype) -> None:
+    config = config_of(flags)
+    buckets = GradientBuckets(decoder(config, dtype))
+    optimizer = ShardedAdamW([buckets], config.optimizer, Mesh(Layout(), 0, dict.fromkeys(AXES, 0)))
+    memory = estimate(config, Layout(), dtype).heaviest.memory
+    assert memory.weights == sum(bucket.data.nbytes for bucket in buckets.buckets)
+    assert memory.gradients == sum(bucket.grads.nbytes for bucket in buckets.buckets)
+    state = [t for m in optimizer.moments for t in (m.exp_avg, m.exp_avg_sq, *([m.master] if m.separate else []))]
+    assert memory.optimizer == sum(tensor.nbytes for tensor in state)
+
+
+@pytest.mark.parametrize("flags", SMALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_are_what_a_real_forward_pass_keeps(flags: str, dtype: torch.dtype) -> None:
+    config = config_of(flags)
+    planned = estimate(config, Layout(), dtype).heaviest.memory.activations
+    assert planned == pytest.approx(kept_bytes(config, dtype), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flags", [LLAMA, f"{LLAMA} --recompute", GPT2, f"{GPT2} --recompute"])
+def test_the_worst_moment_of_a_real_pass_is_the_planned_one(flags: str, dtype: torch.dtype) -> None:
+    config = config_of(f"{flags} --layers 6")
+    model = decoder(config, dtype)
+    buckets = GradientBuckets(model).buckets
+    with Live([flat for bucket in buckets for flat in (bucket.data, bucket.grads)]) as memory:
+        tokens = torch.zeros(config.batch.micro_batch, config.batch.seq_len, dtype=torch.long)
+        model.loss(model(tokens), tokens).sum().backward()
+    planned = estimate(config, Layout(), dtype).heaviest.memory
+    assert planned.activations + planned.working == pytest.approx(memory.peak, rel=0.05)
+
+
+def test_plain_attention_is_planned_with_its_scores() -> None:
+    fused, plain = (estimate(config_of(f"{LLAMA} --attention {name}"), Layout(), torch.float32).heaviest.memory
+                    for name in ("sdpa", "reference"))
+    assert plain.activations - fused.activations >= 3 * 2 * 4 * 96 * 96 * 4  # layers, batch, heads, scores, fp32
+
+
+def test_recompute_keeps_one_input_a_layer() -> None:
+    plans = [[estimate(config_of(f"{LLAMA} --layers {layers} {flag}"), Layout(), torch.float32).heaviest.memory
+              for layers in (2, 3)] for flag in ("", "--recompute")]
+    without, recompute = (three.activations - two.activations for two, three in plans)
+    assert recompute == 2 * 96 * 64 * 4
+    assert without > 5 * recompute
+    assert plans[1][1].working > plans[0][1].working  # one layer comes back in the backward pass
+
+
+def test_tensor_and_sequence_parallel_activations_shrink() -> None:
+    def activations(flags: str, tp: int) -> int:
+        config = config_of(f"{LLAMA} --vocab-size 256 --tp {tp} {flags}")
+        return estimate(config, check(config, tp), torch.float32).heaviest.memory.activations
+
+    whole, split, sequence = activations("", 1), activations("", 2), activations("--sequence-parallel", 2)
+    assert whole / 2 < sequence < split < whole
+    # With it all is split but ids, rotary table and norm statistics, which are small.
+    assert sequence == pytest.approx(whole / 2, rel=0.06)
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=2, tp=2), Layout(dp=2), Layout(pp=3, dp=4), Layout(tp=4)])
+@pytest.mark.parametrize("flags", SMALL)
+def test_every_stage_holds_what_its_own_modules_hold(layout: Layout, flags: str) -> None:
+    config = config_of(f"{flags} --global-batch 24 --tp {layout.tp} --pp {layout.pp}")
+    plan = estimate(config, layout, torch.bfloat16)
+    spans = stage_layers(config.model.layers, layout.pp)
+    for stage, layers in zip(plan.stages, spans, strict=True):
+        model = Decoder(Parts(config.model, TensorParallel(None, 0, layout.tp)), layers, first=stage.rank == 0,
+                        last=stage.rank == layout.pp - 1)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        shard = stage.memory.optimizer // 12
+        assert (stage.layers, stage.parameters) == (len(layers), count)
+        assert stage.memory.weights >= 2 * count  # the buckets' padding to whole rows a dp rank
+        assert count <= shard * layout.dp <= 1.05 * count
+        assert stage.memory.gradients == 2 * stage.memory.weights + (4 * shard if layout.dp > 1 else 0)
+        assert stage.in_flight == min(plan.micro_batches, layout.pp - stage.rank)
+
+
+def test_bubble_and_accumulation_are_those_of_the_schedule() -> None:
+    config = config_of("--model 7b --layers 64 --vocab-size 64 --pp 4 --global-batch 48 --micro-batch 2")
+    plan = estimate(config, check(config, 8), torch.bfloat16)
+    assert (plan.micro_batches, plan.tokens_per_step) == (12, 48 * 256)
+    assert plan.bubble == pytest.approx(3 / 15, abs=1e-3)  # (p - 1) / (m + p - 1), equal stages
+
+
+def test_interleaving_counts_every_chunk() -> None:
+    config = config_of(f"{LLAMA} --layers 8 --pp 2 --virtual-stages 2 --schedule interleaved --global-batch 16")
+    plan = estimate(config, check(config, 2), torch.float32)
+    assert [stage.layers for stage in plan.stages] == [4, 4]
+    assert plan.stages[0].in_flight > plan.stages[1].in_flight > 1
+
+
+def test_a_7b_model_in_bf16_is_18_bytes_a_parameter() -> None:
+    config = config_of("--model 7b --seq-len 4096 --recompute --global-batch 64")
+    plan = estimate(config, Layout(), torch.bfloat16)
+    memory = plan.heaviest.memory
+    assert plan.parameters == 6_738_415_616  # Llama 2 7B
+    assert memory.weights + memory.gradients + memory.optimizer == 18 * plan.parameters
+    require_memory(plan, 141 * 10**9, "one GPU")
+
+
+@pytest.mark.parametrize("flags", SMALL)
+def test_parameters_are_those_of_the_model(flags: str) -> None:
+    config = config_of(f"{flags} --vocab-size 256")  # no padding rows
+    assert parameters(config.model) == sum(p.numel() for p in decoder(config).parameters())
+    assert parameters(replace(config.model, vocab_size=251)) == parameters(config.model) - 5 * 64 * (
+        1 if config.model.tied else 2)
+
+
+@pytest.mark.parametrize("flags", [LLAMA, GPT2])
+def test_flops_are_those_torch_counts(flags: str) -> None:
+    config = config_of(f"{flags} --vocab-size 256")
+    model, batch = decoder(config, attention="reference"), config.batch
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(batch.micro_batch, batch.seq_len, dtype=torch.long))
+    # The plain attention computes the upper triangle too, which is not counted as useful.
+    causal = config.model.layers * 2 * config.model.heads * config.model.head_dim * batch.seq_len
+    counted = counter.get_total_flops() / (batch.micro_batch * batch.seq_len)
+    assert 3 * (counted - causal) == flops_per_token(config.model, batch.seq_len)
+
+
+def test_flops_of_7b() -> None:
+    model = config_of("--model 7b").model
+    assert flops_per_token(model, 4096) == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "dtype", "tera"), [
+    ("NVIDIA H200", torch.bfloat16, 989.4), ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4),
+    ("NVIDIA H100 PCIe", torch.bfloat16, 756.0), ("NVIDIA A100-SXM4-80GB", torch.float32, 19.5),
+    ("NVIDIA L40S", torch.bfloat16, 362.0), ("NVIDIA L4", torch.bfloat16, 121.0),
+    ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2), ("NVIDIA H20", torch.bfloat16, 148.0),
+    ("NVIDIA RTX A6000", torch.bfloat16, 154.8),
+])
+def test_known_gpus_have_a_peak(name: str, dtype: torch.dtype, tera: float) -> None:
+    assert peak_flops(name, dtype) == pytest.approx(tera * 1e12)
+
+
+def test_unknown_devices_have_no_peak() -> None:
+    assert peak_flops("cpu", torch.float32) is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", torch.float64) is None
+
+
+def test_what_does_not_fit_is_said_in_plain_words() -> None:
+    config = config_of("--model 7b --seq-len 4096 --recompute --global-batch 1024")
+    plan = estimate(config, Layout(), torch.bfloat16)
+    with pytest.raises(UserError) as error:
+        require_memory(plan, 16 * 10**9, "this machine")
+    text = str(error.value)
+    for part in ("7b in bfloat16 needs 12", "this machine has 16.0 GB", "weights 13.5 GB + gradients 27.0 GB",
+                 "one GPU of 141 GB", "16 devices like this one (with --tp 8 and dp 2:",
+                 "bash examples/pretrain_tiny.sh"):
+        assert part in text
+    assert len(text.splitlines()) <= 4
+
+
+def test_the_proposed_layout_fits_and_recompute_is_proposed_first() -> None:
+    config = config_of("--model 1b --seq-len 2048 --global-batch 64 --micro-batch 8")
+    plan = estimate(config, Layout(), torch.bfloat16)
+    recompute = estimate(replace(config, runtime=replace(config.runtime, recompute=True)), Layout(), torch.bfloat16)
+    available = (plan.heaviest.memory.total + recompute.heaviest.memory.total) // 2
+    with pytest.raises(UserError, match=r"this one device \(with --recompute: "):
+        require_memory(plan, available, "this GPU")
+
+
+def test_a_stage_that_does_not_fit_is_named() -> None:
+    config = config_of("--model 7b --pp 4 --tp 2 --seq-len 4096 --global-batch 64")
+    plan = estimate(config, check(config, 8), torch.bfloat16)
+    with pytest.raises(UserError, match=r"the fullest of 8 processes \(pp4 dp1 tp2, stage 0\); each GPU has 10.0 GB"):
+        require_memory(plan, 10 * 10**9, "each GPU")
+
+
+def test_no_layout_is_proposed_where_none_holds_it() -> None:
+    plan = estimate(config_of("--model 70b --seq-len 4096"), Layout(), torch.bfloat16)
+    with pytest.raises(UserError, match="no layout of up to 1024 such devices holds it"):
+        require_memory(plan, 10**8, "this machine")
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=4), Layout(pp=2, tp=2), Layout(pp=2, dp=2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bound_that_spares_layouts_never_spares_one_that_fits(layout: Layout, dtype: torch.dtype) -> None:
+    config = config_of(f"{LLAMA} --global-batch 8 --tp {layout.tp} --pp {layout.pp}")
+    plan = estimate(config, layout, dtype)
+    memory = max(s.memory.weights + s.memory.gradients + s.memory.optimizer for s in plan.stages)
+    assert 0.5 * memory <= states_at_least(plan.parameters, dtype, layout) <= memory
+
+
+def test_the_report_of_a_70b_model_on_64_gpus_costs_a_few_traces() -> None:
+    config = config_of("--model 70b --tp 8 --pp 8 --seq-len 4096 --global-batch 64 --sequence-parallel")
+    tracer = Tracer()
+    lines = estimate(config, check(config, 64), torch.bfloat16, tracer).report().splitlines()
+    assert "pp8 dp1 tp8 · 64 processes · 1f1b" in lines[0]
+    assert "69.0 B parameters, bfloat16" in lines[1]
+    assert len(lines) == 5 + 2 + 8 and len({len(line) for line in lines[6:]}) == 1  # aligned
+    assert len(tracer.seen) == 12  # one and two layers of a first, middle and last stage, at two widths
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_main_memory_is_what_the_smallest_limit_leaves(tmp_path: Path) -> None:
+    write(tmp_path / "proc", meminfo="MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    assert main_memory(tmp_path) == 4000 * 1024
+    write(tmp_path / "proc/self", cgroup="0::/box/inner\n")
+    group = tmp_path / "sys/fs/cgroup"
+    write(group / "box", memory__max="3000000\n", memory__current="2500000\n", memory__stat="inactive_file 500000\n")
+    write(group / "box/inner", memory__max="max\n", memory__current="1\n", memory__stat="inactive_file 0\n")
+    assert main_memory(tmp_path) == 1_000_000
+
+
+def test_main_memory_knows_the_first_kind_of_cgroup(tmp_path: Path) -> None:
+    write(tmp_path / "proc", meminfo="MemAvailable:    4000 kB\n")
+    write(tmp_path / "proc/self", cgroup="5:cpu,memory:/box\n3:pids:/box\n")
+    write(tmp_path / "sys/fs/cgroup/memory", memory__limit_in_bytes="2000000", memory__usage_in_bytes="1500000",
+          memory__stat="total_inactive_file 0\n")
+    assert main_memory(tmp_path) == 500_000
+
+
+def test_local_ranks_share_the_main_memory() -> None:
+    cpu = torch.device("cpu")
+    assert 0 < available_memory(cpu, 4) < available_memory(cpu, 1)
