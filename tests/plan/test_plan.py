@@ -18,7 +18,7 @@ from engine.parallel.collectives import TensorParallel
 from engine.parallel.optimizer import ShardedAdamW
 from engine.plan import available_memory, estimate, flops_per_token, parameters, peak_flops, require_memory
 from engine.plan.fit import main_memory, states_at_least
-from engine.plan.trace import Tracer, Live
+from engine.plan.trace import Live, Tracer
 
 LLAMA = "--layers 3 --hidden 64 --ffn-hidden 160 --heads 4 --kv-heads 2 --vocab-size 251 --seq-len 96 --micro-batch 2"
 GPT2 = f"--model gpt2 {LLAMA} --kv-heads 4"
