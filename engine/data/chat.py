@@ -105,15 +105,16 @@ class ChatBatches:
     within seq_len is dropped and counted. A step is as long as its longest row over all data-parallel ranks, rounded up
     to `multiple`, so every layout computes the same step. Padding is by length: it is never learned, whatever its id.
 
+    origin: samples before step 0, above 0 in a run resumed with another global batch.
     rows, dropped, truncated: counts; tokens: of the rows kept, in an epoch; supervised: those of them with a label;
     epoch_size: rows kept.
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, *, seq_len: int, global_batch: int, dp_rank: int = 0,
-                 dp: int = 1, seed: int = 0, multiple: int = 8) -> None:
+                 dp: int = 1, seed: int = 0, multiple: int = 8, origin: int = 0) -> None:
         """Raises UserError for a bad row, a tokenizer without ChatML's pieces, and when nothing can be learned."""
         self.global_batch, self.dp_rank, self.dp, self.multiple = global_batch, dp_rank, dp, multiple
-        self.seq_len = seq_len
+        self.seq_len, self.origin = seq_len, origin
         self.rows = self.dropped = self.truncated = self.supervised = 0
         self._key = mix(mix(seed) ^ mix(_CHAT))
         self._load(path, ChatEncoder(tokenizer))
@@ -154,12 +155,23 @@ class ChatBatches:
 
     def step(self, step: int) -> Batch:
         """This rank's part of step `step` (from 0): tokens and labels [global_batch / dp, longest of the step]."""
-        rows = self.order(step * self.global_batch, self.global_batch)
-        longest = int((self._starts[rows + 1] - self._starts[rows]).max()) - 1
+        rows = self.order(self.origin + step * self.global_batch, self.global_batch)
         share = self.global_batch // self.dp
-        shape = (share, -(-longest // self.multiple) * self.multiple)
+        return self._batch(rows[self.dp_rank * share : (self.dp_rank + 1) * share], self._longest(rows))
+
+    def head(self, count: int) -> Batch:
+        """The file's first rows, at most `count`, as one batch: the same at every evaluation."""
+        rows = np.arange(min(count, self.epoch_size))
+        return self._batch(rows, self._longest(rows))
+
+    def _longest(self, rows: np.ndarray) -> int:
+        return int((self._starts[rows + 1] - self._starts[rows]).max()) - 1
+
+    def _batch(self, rows: np.ndarray, longest: int) -> Batch:
+        """These rows, padded to `longest` rounded up."""
+        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
         tokens, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-        for i, row in enumerate(rows[self.dp_rank * share : (self.dp_rank + 1) * share]):
+        for i, row in enumerate(rows):
             ids = self._ids[self._starts[row] : self._starts[row + 1]]
             learned = self._learned[self._starts[row] + 1 : self._starts[row + 1]]
             tokens[i, : len(ids) - 1] = ids[:-1]

@@ -306,6 +306,26 @@ def test_labels_are_the_next_learned_tokens_and_padding_goes_by_length(rows: Pat
     assert f"{batches.supervised / batches.tokens:.1%}" in batches.summary()
 
 
+def test_a_run_goes_on_at_its_sample_with_another_global_batch(rows: Path, tokenizer: Tokenizer) -> None:
+    eight = ChatBatches(rows, tokenizer, seq_len=96, global_batch=8, seed=1)
+    four = ChatBatches(rows, tokenizer, seq_len=96, global_batch=4, seed=1, origin=8 * 9 - 4 * 9)
+    both = [four.step(9), four.step(10)]
+    whole, width = eight.step(9), max(batch.tokens.shape[1] for batch in both)
+    assert whole.tokens.shape[1] == width
+    for i, batch in enumerate(both):
+        length = batch.tokens.shape[1]
+        assert np.array_equal(batch.tokens, whole.tokens[4 * i : 4 * i + 4, :length])
+
+
+def test_held_back_rows_are_the_files_first_in_order(rows: Path, tokenizer: Tokenizer) -> None:
+    batches = ChatBatches(rows, tokenizer, seq_len=96, global_batch=8, seed=1)
+    batch, talks = batches.head(3), list(read_chats(rows))
+    for i in range(3):
+        ids = ChatEncoder(tokenizer).encode(talks[i])[0][:96]
+        assert batch.tokens[i, : len(ids) - 1].tolist() == ids[:-1]
+    assert len(batches.head(1000).tokens) == batches.epoch_size
+
+
 def test_a_long_answer_is_cut_from_the_right(rows: Path, tokenizer: Tokenizer) -> None:
     batches = ChatBatches(rows, tokenizer, seq_len=40, global_batch=8, seed=1)
     assert batches.truncated > 0
