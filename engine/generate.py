@@ -12,12 +12,13 @@ from typing import NoReturn
 
 import torch
 
-from engine.checkpoint import Entry, load_weights, open_checkpoint, resolve
+from engine.checkpoint import Entry, TensorSource, load_weights, open_checkpoint, resolve
 from engine.config import ModelConfig
 from engine.config.flags import from_dict
 from engine.data.chat import END, ChatEncoder
 from engine.data.chat_rows import Message
 from engine.errors import UserError, run_cli
+from engine.hf import open_hf
 from engine.model import Decoder, Parts
 from engine.model.cache import LayerCache
 from engine.model.shapes import logical_shapes
@@ -153,11 +154,13 @@ def load_for_inference(path: str, dtype: torch.dtype, device: torch.device) -> t
 
     Raises UserError for what cannot be read, and for a tokenizer larger than the model's vocabulary."""
     resolved = resolve(path)
+    source: TensorSource
     if resolved.kind == "hf":
-        raise UserError(f"{path} is a Hugging Face folder; convert it first: python tools/convert_ckpt.py --to engine")
-    checkpoint = open_checkpoint(resolved.folder)
-    config, source = from_dict(checkpoint.config).model, checkpoint.source()
-    assets = checkpoint.assets
+        folder = open_hf(resolved.folder)
+        config, source, assets = folder.config, folder, resolved.folder
+    else:
+        checkpoint = open_checkpoint(resolved.folder)
+        config, source, assets = from_dict(checkpoint.config).model, checkpoint.source(), checkpoint.assets
     tokenizer = load_tokenizer(str(assets))  # before the weights, which take long
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(

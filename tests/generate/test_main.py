@@ -79,6 +79,20 @@ def test_loading_a_checkpoint_gives_the_weights_bit_for_bit(run: Path, tokenizer
             assert torch.equal(ours, theirs)
 
 
+def test_a_hugging_face_folder_speaks_as_transformers_does(tokenizer_folder: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=411, max_position_embeddings=96, initializer_range=0.3, bos_token_id=1, eos_token_id=None)).double()
+    theirs.save_pretrained(tmp_path)
+    for path in tokenizer_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model, _, tokenizer = load_for_inference(str(tmp_path), torch.float64, CPU)
+    ids = begin(tokenizer, "import sys")
+    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
+    assert list(generate(model, ids, max_tokens=40, temperature=0.0)) == expected
+
+
 def test_a_tied_gpt2_loads_and_speaks(tokenizer_folder: Path, tmp_path: Path) -> None:
     config = ModelConfig(**{**vars(CONFIG), "family": "gpt2", "kv_heads": 4, "tied": True, "qkv_bias": True,
                             "out_bias": True, "mlp_bias": True})
