@@ -1,0 +1,71 @@
+"""The files of a serving folder beside its weights: config, generation config, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.strict_json import parse_object, read_object
+from engine.config import ModelConfig
+from engine.data.chat import CHATML_TEMPLATE, END, START
+from engine.hf.config import config_to_hf, generation_config, token_ids
+from engine.tokenizer import Tokenizer
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+COPIED = ("tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
+          "vocab.json", "merges.txt", TEMPLATE)
+"""What a Hugging Face folder may hold of a tokenizer; copied byte for byte."""
+
+
+def assets_for(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str = "fp32") -> Mapping[str, Path | bytes]:
+    """File name -> path or content of all that a serving folder needs beside the weights.
+
+    The tokenizer's files are copied as they are. A vocabulary with ChatML's control pieces and no template of its own
+    gets ChatML's, both in chat_template.jinja and in tokenizer_config.json (older readers know the latter alone).
+    """
+    ids = token_ids(tokenizer)
+    found: dict[str, Path | bytes] = {"config.json": dump(config_to_hf(config, ids, dtype)),
+                                      "generation_config.json": dump(generation_config(ids))}
+    if tokenizer is None:
+        return found
+    found |= tokenizer.files
+    own = TOKENIZER_CONFIG in tokenizer.files
+    settings = read_object(tokenizer.files[TOKENIZER_CONFIG]) if own else _tokenizer_config(tokenizer)
+    chat = all(tokenizer.token_id(piece) is not None for piece in (START, END))
+    if chat and "chat_template" not in settings and TEMPLATE not in tokenizer.files:
+        found[TEMPLATE] = CHATML_TEMPLATE.encode()
+        found[TOKENIZER_CONFIG] = dump({**settings, "chat_template": CHATML_TEMPLATE})
+    elif not own:
+        found[TOKENIZER_CONFIG] = dump(settings)
+    return found
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer_config.json of a tokenizer that has none; with a sentencepiece model alone, Llama's class reads it."""
+    kind = "PreTrainedTokenizerFast" if "tokenizer.json" in tokenizer.files else "LlamaTokenizer"
+    found: dict[str, Any] = {"tokenizer_class": kind, "model_input_names": ["input_ids", "attention_mask"],
+                             "clean_up_tokenization_spaces": False}
+    names = _names(tokenizer)
+    for role, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)):
+        if number in names:
+            found[f"{role}_token"] = names[number]
+    return found
+
+
+def _names(tokenizer: Tokenizer) -> dict[int | None, str]:
+    """Id -> text of the control tokens."""
+    common = ("<s>", "</s>", "<pad>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>")
+    found: dict[int | None, str] = {tokenizer.token_id(piece): piece for piece in common}
+    if "tokenizer.json" in tokenizer.files:
+        content = parse_object(tokenizer.files["tokenizer.json"].read_bytes(), str(tokenizer.files["tokenizer.json"]))
+        added = content.get("added_tokens") or []
+        found |= {token["id"]: token["content"] for token in added if isinstance(token, dict)}
+    return {number: piece for number, piece in found.items() if number is not None}
+
+
+def dump(content: Mapping[str, Any]) -> bytes:
+    """JSON as transformers writes it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,0 +1,107 @@
+"""config.json both ways: which family it is, what the network is, and the special tokens' ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from engine.checkpoint.strict_json import read_object
+from engine.config import ModelConfig
+from engine.errors import UserError, nearest
+from engine.hf import gpt2, llama
+from engine.hf.family import Family
+from engine.hf.keys import Keys
+from engine.model.shapes import logical_shapes
+from engine.tokenizer import Tokenizer
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({"llama": llama.FAMILY, "gpt2": gpt2.FAMILY})
+"""By ModelConfig.family."""
+HF_DTYPES: Mapping[str, str] = MappingProxyType(
+    {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"})
+"""Our words for number formats -> those of config.json."""
+MAX_PARAMETERS = 1 << 44
+"""A config that asks for more is damaged or hostile."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Special tokens: `eos` holds every id that ends an answer, the end of a document first."""
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+
+def token_ids(tokenizer: Tokenizer | None) -> TokenIds:
+    """The ids of a tokenizer; the end of a chat turn ends generation too."""
+    if tokenizer is None:
+        return TokenIds()
+    ends = [tokenizer.eos_id, tokenizer.token_id("<|im_end|>")]
+    return TokenIds(tokenizer.bos_id, tuple(dict.fromkeys(end for end in ends if end is not None)), tokenizer.pad_id)
+
+
+def config_to_hf(config: ModelConfig, ids: TokenIds, dtype: str = "fp32") -> dict[str, Any]:
+    """The content of config.json; UserError for a network that no Hugging Face class computes."""
+    word = HF_DTYPES[dtype]
+    return {**FAMILIES[config.family].to_hf(config), "dtype": word, "torch_dtype": word, "bos_token_id": ids.bos,
+            "eos_token_id": ids.eos[0] if ids.eos else None, "pad_token_id": ids.pad}
+
+
+def generation_config(ids: TokenIds) -> dict[str, Any]:
+    """The content of generation_config.json."""
+    found = {"bos_token_id": ids.bos, "eos_token_id": list(ids.eos) or None, "pad_token_id": ids.pad}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def config_from_hf(content: Mapping[str, Any], place: str = "config.json") -> ModelConfig:
+    """The network that a config.json describes; UserError, by key, for all we do not compute and for nonsense."""
+    keys = Keys(content, place)
+    family = family_of(keys)
+    if keys.content.get("auto_map") is not None:
+        raise UserError(f"{place}: auto_map asks for code that comes with the model, which is never run")
+    if keys.content.get("quantization_config") is not None:
+        raise UserError(f"{place}: quantization_config: quantised weights are not read; dequantise the model first")
+    config = family.from_hf(keys)
+    one_layer = logical_shapes(replace(config, layers=1))
+    total = config.layers * sum(math.prod(shape) for shape in one_layer.values())  # an upper bound
+    if total > MAX_PARAMETERS:
+        raise UserError(f"{place} describes {total:.1e} parameters, beyond any model; it is damaged")
+    return config
+
+
+def family_of(keys: Keys) -> Family:
+    """The family of a config.json by its model_type."""
+    kind = keys.get("model_type")
+    known = [word for family in FAMILIES.values() for word in family.model_types]
+    for family in FAMILIES.values():
+        if kind in family.model_types:
+            return family
+    close = nearest(str(kind), known)
+    raise UserError(f"{keys.place}: model_type {str(kind)[:40]!r} is not supported"
+                    f"{f' (did you mean {close}?)' if close else ''}; known are {', '.join(known)}")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The network of a Hugging Face folder."""
+    path = Path(folder) / "config.json"
+    return config_from_hf(read_object(path), str(path))
+
+
+def read_token_ids(folder: Path) -> TokenIds:
+    """The special tokens' ids in a Hugging Face folder: generation_config.json's, else config.json's."""
+    content: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            found = read_object(folder / name)
+            content |= {key: found[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+                        if found.get(key) is not None}
+    ends = content.get("eos_token_id")
+    numbers = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    bos, pad = content.get("bos_token_id"), content.get("pad_token_id")
+    if any(type(number) is not int for number in [*numbers, *(n for n in (bos, pad) if n is not None)]):
+        raise UserError(f"{folder}: the special tokens' ids are not whole numbers: {str(content)[:200]}")
+    return TokenIds(bos, tuple(numbers), pad)
