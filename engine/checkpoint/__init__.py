@@ -4,8 +4,9 @@ from engine.checkpoint.dtypes import DTYPES, dtype_name
 from engine.checkpoint.folders import Resolved, latest_step, resolve, step_folders
 from engine.checkpoint.load import Checkpoint, open_checkpoint
 from engine.checkpoint.save import save_checkpoint
-from engine.checkpoint.slices import KINDS, Entry
+from engine.checkpoint.slices import KINDS
 from engine.checkpoint.source import TensorSource, load_weights
+from engine.parallel.sharding import Entry
 
 __all__ = [
     "DTYPES",

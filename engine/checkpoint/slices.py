@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.parallel.sharding import Piece
+from engine.parallel.sharding import Entry
 
 KINDS = ("model", "master", "exp_avg", "exp_avg_sq")
 """What a checkpoint holds of each parameter; the prefixes of its tensors' names."""
@@ -18,20 +18,6 @@ MAX_CELLS = 1 << 24
 """A tensor cut into more cells than this is no checkpoint of ours."""
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A piece of a parameter or of its optimizer state. `tensor` is a view of local memory, of shape `piece.extent`."""
-
-    kind: str
-    piece: Piece
-    tensor: torch.Tensor
-
-    @property
-    def name(self) -> str:
-        """The name in the manifest: kind and logical name."""
-        return f"{self.kind}/{self.piece.member.name}"
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,27 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class PretrainBatches:
-    """Samples k = step * global_batch ... of a corpus; rank r of dp takes the r-th equal part of them."""
+    """Samples k = origin + step * global_batch ... of a corpus; rank r of dp takes the r-th equal part of them.
+
+    `origin` is 0 unless a run was resumed with another global batch: then it makes up for the steps before.
+    """
 
     samples: Rows
     global_batch: int
     dp_rank: int = 0
     dp: int = 1
+    origin: int = 0
 
     def step(self, step: int) -> Batch:
         share = self.global_batch // self.dp
-        rows = self.samples.rows(step * self.global_batch + self.dp_rank * share, share)
+        rows = self.samples.rows(self.origin + step * self.global_batch + self.dp_rank * share, share)
         return Batch(rows[:, :-1], rows[:, 1:])
+
+
+def share_of(batch: Batch, dp_rank: int, dp: int) -> Batch:
+    """One dp rank's equal part of a batch; where it does not divide, ignored rows fill it up."""
+    more = -len(batch.tokens) % dp
+    tokens = np.pad(batch.tokens, ((0, more), (0, 0)))
+    labels = np.pad(batch.labels, ((0, more), (0, 0)), constant_values=-100)
+    rows = slice(dp_rank * len(tokens) // dp, (dp_rank + 1) * len(tokens) // dp)
+    return Batch(tokens[rows], labels[rows])

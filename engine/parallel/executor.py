@@ -6,6 +6,7 @@ activations and gradients have a group of their own each, so neither waits for t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -51,17 +52,29 @@ class Chunk:
 
 @dataclass
 class _Traffic:
-    """Messages under way: receives posted and not yet used, sends not yet known to have ended."""
+    """Messages under way: receives posted and not yet used, sends not yet known to have ended.
 
+    A send's tensor lives until its end is known. A stage is never more micro-batches ahead of its neighbour than are in
+    flight, so a send older than twice that has been received: waiting for it frees its memory and never blocks.
+    """
+
+    in_flight: int
     posted: dict[Message, tuple[torch.Tensor, dist.Work]] = field(default_factory=dict)
     local: dict[Message, torch.Tensor] = field(default_factory=dict)
-    sent: list[tuple[torch.Tensor, dist.Work]] = field(default_factory=list)
+    sent: dict[Kind, deque[tuple[torch.Tensor, dist.Work]]] = field(
+        default_factory=lambda: {kind: deque() for kind in Kind})
+
+    def keep(self, kind: Kind, x: torch.Tensor, work: dist.Work) -> None:
+        """Holds on to a tensor that is being sent, and lets go of one that has long arrived."""
+        self.sent[kind].append((x, work))
+        if len(self.sent[kind]) > 2 * self.in_flight:
+            self.sent[kind].popleft()[1].wait()
 
     def drain(self) -> None:
         """Waits for the sends of a whole step."""
-        for _, work in self.sent:
-            work.wait()
-        self.sent.clear()
+        for under_way in self.sent.values():
+            while under_way:
+                under_way.popleft()[1].wait()
 
 
 class Executor:
@@ -108,7 +121,7 @@ class _Run:
         self.executor = executor
         self.tokens, self.labels = tokens, labels
         self.total = total
-        self.traffic = _Traffic()
+        self.traffic = _Traffic(in_flight=executor.last_stage + 2)
         self.inputs: dict[tuple[int, int], torch.Tensor] = {}
         self.outputs: dict[tuple[int, int], torch.Tensor] = {}
         self.loss = torch.zeros((), dtype=torch.float64, device=tokens[0].device)
@@ -195,7 +208,7 @@ class _Run:
         x = x.contiguous()
         work = dist.isend(x, dst=rank, group=group)
         assert work is not None
-        self.traffic.sent.append((x, work))
+        self.traffic.keep(kind, x, work)
 
     def _channel(self, kind: Kind, source: int, target: int) -> tuple[int, dist.ProcessGroup | None]:
         """The peer's global rank and the group of one direction between two stages."""

@@ -85,9 +85,18 @@ class ShardedAdamW:
                 dist.all_reduce(flat, group=group)
                 for view, part in zip(views, flat.split([v.numel() for v in views]), strict=True):
                     view.copy_(part)
-        for bucket in self.buckets:
-            if bucket.tied:
-                dist.all_reduce(bucket.shard_grads, group=self.mesh.group("edge"))
+        self._sum_tied()
+
+    def _sum_tied(self) -> None:
+        """Sums the gradients of the embedding and its copy at the head, on another stage or on another chunk here."""
+        tied = [bucket.shard_grads for bucket in self.buckets if bucket.tied]
+        edge = self.mesh.group("edge")
+        if edge is not None:
+            for grads in tied:
+                dist.all_reduce(grads, group=edge)
+        elif tied:
+            first, second = tied
+            second.copy_(first.add_(second))
 
     def entries(self) -> Iterator[Entry]:
         """This rank's part of a checkpoint, to save: weights, master weights and moments of its rows."""

@@ -122,3 +122,8 @@ class Entry:
     kind: str
     piece: Piece
     tensor: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        """The name in a manifest: kind and logical name."""
+        return f"{self.kind}/{self.piece.member.name}"

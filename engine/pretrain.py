@@ -1,0 +1,71 @@
+"""Pretraining: `torchrun [--nproc-per-node N] -m engine.pretrain --data PREFIX ...`, or one of examples/*.sh."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.config import RunConfig
+from engine.data import open_samples
+from engine.data.batches import Batch, PretrainBatches
+from engine.data.samples import Samples
+from engine.errors import UserError
+from engine.mesh import Mesh
+from engine.train.entry import enter
+from engine.train.job import Job
+from engine.train.run import Feed
+
+
+def main(argv: Sequence[str], recipe: Sequence[str] = ()) -> int:
+    """Runs one rank. `recipe` holds a recipe's own flags; --config and the flags of `argv` win over them."""
+    return enter("engine.pretrain", argv, recipe, {}, check_data, make_feed)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raises UserError unless the datasets open and hold at least one sample."""
+    data = config.data.data
+    if not data:
+        raise UserError("--data is needed: the prefix of a dataset that tools/preprocess_data.py has written; "
+                        "`make demo` makes one to try")
+    if ":" not in data and not Path(f"{data}.idx").exists():
+        raise UserError(f"no dataset at {data}.idx; tools/preprocess_data.py writes one from text, and `make demo` makes "
+                        "the demo corpus")
+    _open(config, "train")
+    _open(config, "valid")
+
+
+def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
+    """Samples of the corpus for training, the first ones of the held-back part for evaluation."""
+    config = job.config
+    samples = _open(config, "train")
+    assert samples is not None
+    batches = PretrainBatches(samples, config.batch.global_batch, mesh.dp, mesh.size("dp"), origin)
+    held = _open(config, "valid")
+    valid = None
+    if held is not None and config.save.eval_samples:
+        rows = held.rows(0, min(config.save.eval_samples, held.epoch_size))
+        valid = Batch(rows[:, :-1], rows[:, 1:])
+    epochs = config.batch.steps * config.batch.global_batch / samples.epoch_size
+    summary = (f"data: {samples.tokens:,} tokens, {samples.epoch_size:,} samples an epoch, {epochs:.2f} epochs in "
+               f"{config.batch.steps} steps; " + (f"held back: {held.tokens:,} tokens" if held else "nothing held back"))
+    return Feed(batches, valid, summary)
+
+
+def _open(config: RunConfig, part: str) -> Samples | None:
+    """The samples of a part; None where nothing is held back."""
+    data = config.data
+    spec, fraction = data.data, data.split
+    if part == "valid":
+        if not data.valid_data and not data.split:
+            return None
+        if data.valid_data:
+            spec, part, fraction = data.valid_data, "train", 0.0
+    elif data.valid_data:
+        fraction = 0.0
+    return open_samples(spec, seq_len=config.batch.seq_len, seed=config.runtime.seed, part=part,
+                        valid_fraction=fraction, vocab_size=config.model.vocab_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

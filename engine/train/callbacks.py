@@ -1,0 +1,162 @@
+"""What happens around a step besides training: evaluation, checkpoints, metrics, the console, garbage collection."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass
+class StepRecord:
+    """What is known of a step. Times in seconds, memory in bytes (the peak of rank 0's device or process); `crc` is a
+    checksum of the tokens the step read."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_s: float
+    mfu: float | None
+    step_s: float
+    data_s: float
+    memory: int
+    crc: int
+    valid_loss: float | None = None
+
+
+class Callback(Protocol):
+    """Called after every step, in the order of the list; every rank calls the same ones."""
+
+    def after_step(self, record: StepRecord, last: bool) -> None:
+        """`last` on the run's last step, whether it was planned or asked for by a signal."""
+        ...
+
+
+@dataclass
+class Evaluate:
+    """Fills in `valid_loss` every so many steps and at the end."""
+
+    every: int
+    evaluate: Callable[[], float]
+
+    def after_step(self, record: StepRecord, last: bool) -> None:
+        if last or (self.every and record.step % self.every == 0):
+            record.valid_loss = self.evaluate()
+
+
+@dataclass
+class Save:
+    """Writes a checkpoint every so many steps and at the end."""
+
+    every: int
+    save: Callable[[], None]
+
+    def after_step(self, record: StepRecord, last: bool) -> None:
+        if last or (self.every and record.step % self.every == 0):
+            self.save()
+
+
+class JsonLines:
+    """Appends one object a step to a file of the run folder; on rank 0 only.
+
+    Lines of steps after `step` are cut off at the start: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, step: int, line: Callable[[StepRecord], dict[str, Any]]) -> None:
+        self.line = line
+        kept = []
+        if path.exists():
+            with open(path, encoding="utf-8") as old:
+                kept = [text for text in old if text.endswith("\n") and json.loads(text)["step"] <= step]
+        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115  open as long as the run
+        self.file.writelines(kept)
+
+    def after_step(self, record: StepRecord, last: bool) -> None:
+        self.file.write(json.dumps(self.line(record)) + "\n")
+        self.file.flush()
+
+
+def metrics_line(record: StepRecord) -> dict[str, Any]:
+    """The line of metrics.jsonl: all digits of every float, no valid_loss where nothing was evaluated."""
+    line = asdict(record)
+    del line["crc"]
+    if record.valid_loss is None:
+        del line["valid_loss"]
+    return line
+
+
+class CollectGarbage:
+    """Owns the garbage collector: Python would start it on each rank at another moment, and all wait for the slowest."""
+
+    def __init__(self, every: int = 50) -> None:
+        self.every = every
+        gc.disable()
+        gc.collect()
+        gc.freeze()  # what lives now (modules, the model) is never looked at again
+
+    def after_step(self, record: StepRecord, last: bool) -> None:
+        if record.step % self.every == 0:
+            gc.collect(1)
+
+
+class Console:
+    """The log line, and on a terminal a progress bar below it; on rank 0 only."""
+
+    def __init__(self, steps: int, start: int, every: int) -> None:
+        self.steps, self.every = steps, every
+        self.bar: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.task = self.bar.add_task("steps", total=steps, completed=start)
+            self.bar.start()
+
+    def after_step(self, record: StepRecord, last: bool) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=record.step)
+        if last or record.step % self.every == 0 or record.step == 1 or record.valid_loss is not None:
+            self.say(self.text(record))
+        if last:
+            self.close()
+
+    def text(self, record: StepRecord) -> str:
+        """`step 20/200 | loss 5.1234 | ...`."""
+        parts = [f"step {record.step}/{self.steps}", f"loss {record.loss:.4f}", f"lr {record.lr:.2e}",
+                 f"grad norm {record.grad_norm:.3f}", f"{record.tokens_per_s:,.0f} tokens/s",
+                 f"{record.step_s:.3f} s/step", f"data {record.data_s * 1e3:.1f} ms",
+                 f"memory {record.memory / 2**30:.2f} GiB"]
+        if record.mfu is not None:
+            parts.insert(5, f"mfu {record.mfu:.1%}")
+        if record.valid_loss is not None:
+            parts.insert(2, f"held-back loss {record.valid_loss:.4f}")
+        return " | ".join(parts)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this rank: the device allocator's, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,184 @@
+"""From a command line to a job that is known to be sound, before any process group exists."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import Resolved, latest_step, open_checkpoint, resolve
+from engine.config import Layout, ModelConfig, RunConfig, check
+from engine.config.flags import build, from_dict, parse_values, to_dict
+from engine.errors import UserError
+from engine.hf import read_config
+from engine.plan import Plan, available_memory, estimate, require_memory
+from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.train.engine import DTYPES
+from engine.train.launch import Place, choose_device
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What a command line asks for besides a config."""
+
+    help: bool = False
+    check: bool = False
+    dry_run: bool = False
+    world_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: config, layout, device, where its weights come from."""
+
+    config: RunConfig
+    layout: Layout
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: Tokenizer | None
+    plan: Plan
+    weights: Resolved | None = None
+    resume: Path | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def take_switches(argv: Sequence[str]) -> tuple[Switches, list[str]]:
+    """Splits --help, --check, --dry-run and --world-size N off a command line."""
+    found: dict[str, Any] = {}
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            found["help"] = True
+        elif word in ("--check", "--dry-run"):
+            found[word[2:].replace("-", "_")] = True
+        elif word.split("=")[0] == "--world-size":
+            text = word.partition("=")[2] or (words.pop(0) if words else "")
+            if not text.isdigit() or int(text) < 1:
+                raise UserError(f"--world-size {text!r} is not a number of processes")
+            found["world_size"] = int(text)
+        else:
+            rest.append(word)
+    return Switches(**found), rest
+
+
+def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, Any], place: Place,
+            switches: Switches, check_data: Callable[[RunConfig], None]) -> Job:
+    """The job of `argv`, over the flags of a recipe, over an entry point's defaults. Raises UserError for anything
+    that is wrong; `check_data` looks at the data once the rest is known to be sound."""
+    given = {**parse_values(recipe), **parse_values(argv)}
+    values, weights, resume = _sources({**defaults, **given})
+    base = _base_model(values, weights, resume)
+    tokenizer = _tokenizer(values, weights, resume)
+    notes = _vocabulary(values, base, tokenizer)
+    config = build(values, base)
+    world = switches.world_size or place.world
+    layout = check(config, world)
+    if base is not None:
+        _same_model(config.model, base, weights or Resolved("run", resume or Path()))
+    _check_folder(config, resume)
+    device = torch.device("cpu") if switches.dry_run else choose_device(config.runtime.device, place.local_rank)
+    name = config.runtime.dtype
+    dtype = DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    plan = estimate(config, layout, dtype)
+    if not switches.dry_run:
+        local = min(world, place.local_world if switches.world_size is None else world)
+        what = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+        if device.type == "cpu" and local > 1:
+            what += f", shared by {local} processes,"
+        require_memory(plan, available_memory(device, local), what)
+        check_data(config)
+    return Job(config, layout, device, dtype, tokenizer, plan, weights, resume, notes)
+
+
+def _sources(given: Values) -> tuple[Values, Resolved | None, Path | None]:
+    """What the run starts from. With --resume the saved config stands under the given values; --load then has been
+    done already. Returns the values, the weights of --load, and the step folder of --resume."""
+    out = str(given.get("out", ""))
+    if given.get("resume"):
+        if not out:
+            raise UserError("--resume continues the run in --out; give its folder")
+        step = latest_step(Path(out))
+        if step is not None:
+            saved = from_dict(open_checkpoint(step).config)
+            flat = {name: value for group in to_dict(saved).values() for name, value in group.items()}
+            return {**flat, **given}, None, step
+    weights = resolve(str(given["load"])) if given.get("load") else None
+    return given, weights, None
+
+
+def _base_model(values: Values, weights: Resolved | None, resume: Path | None) -> ModelConfig | None:
+    """The model that a checkpoint holds."""
+    if resume is not None:
+        return from_dict(open_checkpoint(resume).config).model
+    if weights is None:
+        return None
+    return read_config(weights.folder) if weights.kind == "hf" else from_dict(open_checkpoint(weights.folder).config).model
+
+
+def _same_model(model: ModelConfig, base: ModelConfig, source: Resolved) -> None:
+    """A loaded model has the shape it has: a flag that says otherwise is a mistake."""
+    ignored = ("model", "init_std", "max_positions")
+    differ = [name for name, value in vars(base).items() if name not in ignored and getattr(model, name) != value]
+    if differ:
+        name = differ[0]
+        raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)} contradicts {source.folder}, whose model has "
+                        f"{getattr(base, name)}; leave the flag out")
+
+
+def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) -> Tokenizer | None:
+    """The tokenizer of --tokenizer, else the one saved with the checkpoint; a resumed run keeps the one it had."""
+    folder = resume / "hf" if resume else None
+    if weights is not None:
+        folder = weights.folder if weights.kind == "hf" else weights.folder / "hf"
+    saved = load_tokenizer(str(folder)) if folder is not None and _has_tokenizer(folder) else None
+    if not values.get("tokenizer"):
+        return saved
+    if resume is not None and saved is not None and not Path(str(values["tokenizer"])).exists():
+        return saved  # the saved copy stands in for a folder that has moved
+    asked = load_tokenizer(str(values["tokenizer"]))
+    if saved is not None and asked.hash != saved.hash:
+        raise UserError(f"--tokenizer {values['tokenizer']} is not the one that {folder} was trained with (sha256 "
+                        f"{asked.hash[:12]} and {saved.hash[:12]}); leave the flag out")
+    return asked
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def _vocabulary(values: Values, base: ModelConfig | None, tokenizer: Tokenizer | None) -> list[str]:
+    """A new model takes the tokenizer's vocabulary unless --vocab-size says otherwise; too small a one is an error."""
+    if tokenizer is None:
+        return []
+    if base is None and "vocab_size" not in values:
+        values["vocab_size"] = tokenizer.vocab_size
+        return [f"vocabulary of {tokenizer.vocab_size} pieces, from the tokenizer"]
+    size = values.get("vocab_size", base.vocab_size if base else 0)
+    if size < tokenizer.vocab_size:
+        raise UserError(f"vocab-size {size} is smaller than the tokenizer's {tokenizer.vocab_size} pieces; "
+                        f"use --vocab-size {tokenizer.vocab_size} or another --tokenizer")
+    return []
+
+
+def _check_folder(config: RunConfig, resume: Path | None) -> None:
+    """A run folder is written by one run: checkpoints in it are continued or left alone."""
+    if not config.save.out or resume is not None:
+        return
+    out = Path(config.save.out)
+    if latest_step(out) is not None:
+        raise UserError(f"{out} holds checkpoints of an earlier run; continue it with --resume, or give another --out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+
+
+def file_hash(text: str) -> str:
+    """A short hash, for env.json and logs."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,67 @@
+"""The loop: read, step, record, call back. Everything extra is a callback."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+from engine.data.batches import Batches
+from engine.train.callbacks import Callback, StepRecord, peak_memory
+from engine.train.engine import Engine, StepResult
+from engine.train.launch import Diverged
+
+
+class StopRequest:
+    """SIGTERM and SIGINT set a flag; ranks agree on it at the step's end, save, and exit. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: Callable[[float], float | None],
+          stop: StopRequest) -> bool:
+    """Trains from `engine.step` to the last step; returns False when a signal ended the run early.
+
+    `mfu` turns tokens per second into the share of the machine's peak. Raises Diverged before a weight moves when the
+    loss or the gradient norm is not finite.
+    """
+    config = engine.config.batch
+    final = min(config.steps, config.stop_after or config.steps)
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:  # reads one step ahead of the device
+        ahead = reader.submit(batches.step, engine.step)
+        while engine.step < final:
+            start = time.perf_counter()
+            batch = ahead.result()
+            waited = time.perf_counter() - start
+            if engine.step + 1 < final:
+                ahead = reader.submit(batches.step, engine.step + 1)
+            result = engine.train_step(batch, stop.asked)
+            if not result.finite:
+                raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight has "
+                               "moved in this step. Lower --lr, lengthen --warmup, or look at the data of this step")
+            record = _record(engine, result, batch.tokens.shape[1], time.perf_counter() - start, waited, mfu)
+            last = result.stop or engine.step == final
+            for callback in callbacks:
+                callback.after_step(record, last)
+            if result.stop:
+                return engine.step == final
+    return True
+
+
+def _record(engine: Engine, result: StepResult, seq: int, seconds: float, waited: float,
+            mfu: Callable[[float], float | None]) -> StepRecord:
+    tokens = engine.config.batch.global_batch * seq
+    rate = tokens / seconds
+    return StepRecord(step=engine.step, loss=result.loss, lr=result.lr, grad_norm=result.grad_norm, tokens=tokens,
+                      tokens_per_s=rate, mfu=mfu(rate), step_s=seconds, data_s=waited,
+                      memory=peak_memory(engine.device), crc=result.crc)

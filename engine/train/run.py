@@ -1,0 +1,254 @@
+"""A job on its ranks: mesh, engine, weights, callbacks, the loop, and an orderly end."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import engine as triax
+from engine.checkpoint import load_weights, open_checkpoint, save_checkpoint
+from engine.config import to_dict, to_yaml
+from engine.data.batches import Batch, Batches, share_of
+from engine.errors import UserError
+from engine.hf import assets_for, open_hf
+from engine.mesh import Mesh, build_mesh
+from engine.model.shapes import logical_shapes
+from engine.plan import peak_flops
+from engine.train.callbacks import (
+    Callback,
+    CollectGarbage,
+    Console,
+    Evaluate,
+    JsonLines,
+    Save,
+    StepRecord,
+    metrics_line,
+)
+from engine.train.engine import Engine
+from engine.train.job import Job
+from engine.train.launch import Place, connect, set_threads, start_group
+from engine.train.loop import StopRequest, train
+from engine.train.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What an entry point feeds a run with: training steps, held-back sequences (whole, not yet shared), a summary."""
+
+    batches: Batches
+    valid: Batch | None
+    summary: str
+
+
+MakeFeed = Callable[[Job, Mesh, int], Feed]
+"""(job, mesh, samples already consumed minus step * global_batch) -> Feed."""
+
+
+def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
+    """Runs a job on this rank to its end; returns the exit code."""
+    with ExitStack() as stack:
+        if place.rank == 0 and job.config.save.out:
+            stack.enter_context(_locked(Path(job.config.save.out)))
+        set_threads(place.local_world)
+        start_group(place, job.device, job.config.runtime.timeout)
+        mesh = build_mesh(job.layout, place.rank, job.config.model.kv_heads,
+                          timedelta(seconds=job.config.runtime.timeout))
+        watchdog = _watch(job, place, mesh)
+        try:
+            finished = _Session(job, place, mesh, make_feed).run()
+        except BaseException as error:
+            if watchdog is not None:
+                watchdog.report(f"failed: {type(error).__name__}: {error}")
+            raise
+        if watchdog is not None:
+            watchdog.stop()
+            dist.barrier()
+            dist.destroy_process_group()
+        return 0 if finished else 0
+
+
+def _watch(job: Job, place: Place, mesh: Mesh) -> Watchdog | None:
+    if place.world == 1:
+        return None
+    watchdog = Watchdog(connect(place, job.config.runtime.timeout), place.rank, place.world, str(mesh))
+    watchdog.watch()
+    return watchdog
+
+
+class _Session:
+    """One rank's state between the mesh and the loop."""
+
+    def __init__(self, job: Job, place: Place, mesh: Mesh, make_feed: MakeFeed) -> None:
+        self.job, self.place, self.mesh = job, place, mesh
+        self.out = Path(job.config.save.out) if job.config.save.out else None
+        self.stop = StopRequest()
+        self.engine = Engine(job.config, mesh, job.device, job.dtype)
+        self.origin = self._start()
+        self.feed = make_feed(job, mesh, self.origin)
+        self.saved: int | None = None
+
+    def say(self, line: str) -> None:
+        """A line of the start-up report; rank 0 speaks."""
+        if self.place.rank == 0:
+            print(line, flush=True)
+
+    def _start(self) -> int:
+        """Initial, loaded or resumed weights and state; returns the samples consumed beyond step * global_batch."""
+        job, engine = self.job, self.engine
+        expected = logical_shapes(job.config.model)
+        if job.resume is not None:
+            checkpoint = open_checkpoint(job.resume)
+            optimizer = [entry for entry in engine.optimizer.entries() if entry.kind != "model"]
+            checkpoint.load([*engine.optimizer.weight_entries(), *optimizer], expected=expected)
+            engine.step = checkpoint.step
+            engine.optimizer.steps = int(checkpoint.meta["optimizer_steps"])
+            return checkpoint.samples - checkpoint.step * job.config.batch.global_batch
+        if job.weights is not None:
+            source = open_hf(job.weights.folder) if job.weights.kind == "hf" else (
+                open_checkpoint(job.weights.folder).source())
+            masters = [entry for entry in engine.optimizer.entries() if entry.kind == "master"]
+            load_weights(source, [*engine.optimizer.weight_entries(), *masters], expected)
+            return 0
+        engine.initialize()
+        return 0
+
+    def run(self) -> bool:
+        """Says what will run, runs it, and says how it ended; False when a signal ended it early."""
+        config = self.job.config
+        self._report()
+        if self.engine.step >= config.batch.steps:
+            self.say(f"nothing to do: step {self.engine.step} of {config.batch.steps} is done; raise --steps to go on")
+            return True
+        console = Console(config.batch.steps, self.engine.step, config.save.log_every) if self.place.rank == 0 else None
+        try:
+            finished = train(self.engine, self.feed.batches, self._callbacks(console), self._mfu, self.stop)
+        finally:
+            if console is not None:
+                console.close()
+        where = f"; checkpoint {self.out / 'checkpoints' / 'latest'}" if self.out else ""
+        how = "done" if finished else "stopped by a signal"
+        self.say(f"{how} at step {self.engine.step} of {config.batch.steps}{where}")
+        return finished
+
+    def _callbacks(self, console: Console | None) -> list[Callback]:
+        save = self.job.config.save
+        callbacks: list[Callback] = []
+        if self.feed.valid is not None:
+            share = share_of(self.feed.valid, self.mesh.dp, self.mesh.size("dp"))
+            callbacks.append(Evaluate(save.eval_every, lambda: self.engine.evaluate([share])))
+        if self.out is not None:
+            callbacks.append(Save(save.save_every, self._save))
+        if self.out is not None and self.place.rank == 0:
+            _write_facts(self.out, self.job)
+            callbacks.append(JsonLines(self.out / "metrics.jsonl", self.engine.step, metrics_line))
+            callbacks.append(JsonLines(self.out / "samples.jsonl", self.engine.step, self._samples_line))
+        if console is not None:
+            callbacks.append(console)
+        callbacks.append(CollectGarbage())
+        return callbacks
+
+    def _samples_line(self, record: StepRecord) -> dict[str, Any]:
+        """Which samples a step read: numbers and a checksum that is the same for every layout."""
+        count = self.job.config.batch.global_batch
+        return {"step": record.step, "first": self.origin + (record.step - 1) * count, "count": count,
+                "crc": record.crc}
+
+    def _save(self) -> None:
+        assert self.out is not None
+        job, engine = self.job, self.engine
+        start = time.perf_counter()
+        meta = {"samples": self.origin + engine.step * job.config.batch.global_batch, "config": to_dict(job.config),
+                "world": vars(job.layout), "optimizer_steps": engine.optimizer.steps,
+                "tokenizer": job.tokenizer.hash if job.tokenizer else None}
+        folder = save_checkpoint(
+            self.out / "checkpoints", engine.step, engine.optimizer.entries(), rank=self.place.rank,
+            world=self.place.world, barrier=self._barrier, meta=meta, assets=assets_for(job.config.model, job.tokenizer),
+            keep=job.config.save.keep)
+        self.say(f"saved {folder} in {time.perf_counter() - start:.2f} s")
+
+    def _barrier(self) -> None:
+        if self.place.world > 1:
+            dist.barrier()
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B), where the device's peak is known."""
+        peak = self.job.config.runtime.peak_tflops * 1e12 or None
+        if peak is None and self.job.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(self.job.device), self.job.dtype)
+        return tokens_per_s * self.job.plan.flops_per_token / (peak * self.place.world) if peak else None
+
+    def _report(self) -> None:
+        """Everything derived, before the first step."""
+        job = self.job
+        self.say(f"Triax {triax.__version__} · torch {torch.__version__} · {self.mesh} · {job.device} · "
+                 f"{str(job.dtype).removeprefix('torch.')} · {torch.get_num_threads()} threads a process")
+        self.say(job.plan.report())
+        for note in job.notes:
+            self.say(note)
+        self.say(self.feed.summary)
+        self.say(f"attention: {job.config.runtime.attention}"
+                 f"{' (torch scaled_dot_product_attention)' if job.config.runtime.attention == 'sdpa' else ''}; "
+                 "other kernels: torch")
+        if self.out is None:
+            self.say("no --out: nothing of this run is saved")
+        if job.resume is not None:
+            self.say(f"resumed {job.resume} at step {self.engine.step}")
+        elif job.weights is not None:
+            self.say(f"weights of {job.weights.folder}, a fresh optimizer")
+
+
+class _locked:
+    """Holds the lock of a run folder: two runs in one folder would write each other's files."""
+
+    def __init__(self, out: Path) -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.file = open(out / ".lock", "w")  # noqa: SIM115  held as long as the run
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing {out}; wait for it, or give another --out") from None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
+def _write_facts(out: Path, job: Job) -> None:
+    """config.yaml, which --config reads back, and env.json."""
+    config = replace(job.config, save=replace(job.config.save, resume=False))
+    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    packages = ("torch", "numpy", "triton", "sentencepiece", "safetensors")
+    facts = {"triax": triax.__version__, "python": platform.python_version(), "platform": platform.platform(),
+             "command": sys.argv, "world": vars(job.layout), "device": _device_name(job.device),
+             "cores": os.cpu_count(), "packages": {name: _version(name) for name in packages}}
+    (out / "env.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
