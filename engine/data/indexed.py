@@ -2,7 +2,7 @@
 
 The layout, byte for byte, is that of Megatron-LM's `megatron/core/datasets/indexed_dataset.py` (MMIDIDX, version 1):
     .idx = magic 9 B, version u64, dtype code u8, sequences S u64, document index length D u64,
-           i32[S] tokens in each sequence, i64[S] byte offsets in .bin, i64[D] document index; multimodal data adds i8[S].
+           i32[S] tokens in each sequence, i64[S] byte offsets in .bin, i64[D] document index (multimodal: and i8[S]).
     .bin = the tokens of all sequences one after another.
 """
 
