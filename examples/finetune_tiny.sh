@@ -61,5 +61,5 @@ DEMO += ["--valid-data", f"{ROOT}/demo/data/heldout_instructions.jsonl"]
 if __name__ == "__main__":              # children started by spawn import this file again
     from engine.finetune import main
     own = any(arg.split("=")[0] in ("--data", "--config") for arg in sys.argv[1:])
-    sys.exit(main(ARGS + ([] if own else DEMO) + sys.argv[1:]))  # the caller's flags come last, so they win
+    sys.exit(main(sys.argv[1:], recipe=ARGS + ([] if own else DEMO)))  # the caller's flags win
 #END-OF-PYTHON

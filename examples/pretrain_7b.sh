@@ -60,5 +60,5 @@ DEMO = ["--data", f"{ROOT}/demo/data/corpus", "--tokenizer", f"{ROOT}/demo/token
 if __name__ == "__main__":              # children started by spawn import this file again
     from engine.pretrain import main
     own = any(arg.split("=")[0] in ("--data", "--config") for arg in sys.argv[1:])
-    sys.exit(main(ARGS + ([] if own else DEMO) + sys.argv[1:]))  # the caller's flags come last, so they win
+    sys.exit(main(sys.argv[1:], recipe=ARGS + ([] if own else DEMO)))  # the caller's flags win
 #END-OF-PYTHON

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,8 +176,3 @@ def _check_folder(config: RunConfig, resume: Path | None) -> None:
         raise UserError(f"{out} holds checkpoints of an earlier run; continue it with --resume, or give another --out")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-
-
-def file_hash(text: str) -> str:
-    """A short hash, for env.json and logs."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

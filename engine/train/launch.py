@@ -7,6 +7,7 @@ rank is written to the store with its name; the watchdog of every other rank rea
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -71,6 +72,7 @@ def run_rank(body: Callable[[], int]) -> int:
 def _say_once(line: str, code: int) -> int:
     """Rank 0 says what all ranks found; another rank speaks only if rank 0's exit has not ended it within a second."""
     if int(os.environ.get("RANK", "0")) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends us as soon as rank 0 is gone
         time.sleep(1.0)
     print(line, file=sys.stderr, flush=True)
     return code

@@ -47,11 +47,13 @@ from engine.train.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Feed:
-    """What an entry point feeds a run with: training steps, held-back sequences (whole, not yet shared), a summary."""
+    """What an entry point feeds a run with: training steps, held-back sequences (whole, not yet shared), a summary, and
+    the chat template that the model learns, which its checkpoints then carry."""
 
     batches: Batches
     valid: Batch | None
     summary: str
+    chat_template: str | None = None
 
 
 MakeFeed = Callable[[Job, Mesh, int], Feed]
@@ -69,7 +71,11 @@ def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
                           timedelta(seconds=job.config.runtime.timeout))
         watchdog = _watch(job, place, mesh)
         try:
-            finished = _Session(job, place, mesh, make_feed).run()
+            _Session(job, place, mesh, make_feed).run()
+        except UserError:  # every rank finds the same: no death to report
+            if watchdog is not None:
+                watchdog.stop()
+            raise
         except BaseException as error:
             if watchdog is not None:
                 watchdog.report(f"failed: {type(error).__name__}: {error}")
@@ -78,7 +84,7 @@ def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
             watchdog.stop()
             dist.barrier()
             dist.destroy_process_group()
-        return 0 if finished else 0
+        return 0
 
 
 def _watch(job: Job, place: Place, mesh: Mesh) -> Watchdog | None:
@@ -99,7 +105,7 @@ class _Session:
         self.engine = Engine(job.config, mesh, job.device, job.dtype)
         self.origin = self._start()
         self.feed = make_feed(job, mesh, self.origin)
-        self.saved: int | None = None
+        self.assets = self._assets() if place.rank == 0 else {}
 
     def say(self, line: str) -> None:
         """A line of the start-up report; rank 0 speaks."""
@@ -126,13 +132,13 @@ class _Session:
         engine.initialize()
         return 0
 
-    def run(self) -> bool:
-        """Says what will run, runs it, and says how it ended; False when a signal ended it early."""
+    def run(self) -> None:
+        """Says what will run, runs it, and says how it ended."""
         config = self.job.config
         self._report()
         if self.engine.step >= config.batch.steps:
             self.say(f"nothing to do: step {self.engine.step} of {config.batch.steps} is done; raise --steps to go on")
-            return True
+            return
         console = Console(config.batch.steps, self.engine.step, config.save.log_every) if self.place.rank == 0 else None
         try:
             finished = train(self.engine, self.feed.batches, self._callbacks(console), self._mfu, self.stop)
@@ -142,7 +148,6 @@ class _Session:
         where = f"; checkpoint {self.out / 'checkpoints' / 'latest'}" if self.out else ""
         how = "done" if finished else "stopped by a signal"
         self.say(f"{how} at step {self.engine.step} of {config.batch.steps}{where}")
-        return finished
 
     def _callbacks(self, console: Console | None) -> list[Callback]:
         save = self.job.config.save
@@ -176,9 +181,15 @@ class _Session:
                 "tokenizer": job.tokenizer.hash if job.tokenizer else None}
         folder = save_checkpoint(
             self.out / "checkpoints", engine.step, engine.optimizer.entries(), rank=self.place.rank,
-            world=self.place.world, barrier=self._barrier, meta=meta, assets=assets_for(job.config.model, job.tokenizer),
+            world=self.place.world, barrier=self._barrier, meta=meta,
+            assets=self.assets,
             keep=job.config.save.keep)
         self.say(f"saved {folder} in {time.perf_counter() - start:.2f} s")
+
+    def _assets(self) -> dict[str, bytes]:
+        """The files an export needs, read once: the folder they come from may be pruned or deleted meanwhile."""
+        found = assets_for(self.job.config.model, self.job.tokenizer, template=self.feed.chat_template)
+        return {name: item if isinstance(item, bytes) else item.read_bytes() for name, item in found.items()}
 
     def _barrier(self) -> None:
         if self.place.world > 1:

@@ -18,7 +18,8 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.sh"))
 ODD = ["a b", "$HOME", "*", "it's", 'say "x"', "", "--flag=x y", "back\\slash", "é", "two\nlines", "#no", ";", "`x`"]
 RECORDER = '''
 import json, os, sys
-def main(argv):
+def main(argv, recipe=()):
+    argv = [*recipe, *argv]
     check = "--check" in argv
     rank = os.environ.get("RANK")
     seen = {"argv": argv, "rank": rank, "world": os.environ.get("WORLD_SIZE"), "check": check, "cwd": os.getcwd(),
