@@ -166,7 +166,7 @@ def _encode_all(
     eod = tokenizer.eos_id if settings.append_eod else None
     work = partial(_encode, json_key=settings.json_key, eod=eod, dtype=writer.dtype.str)
     total = sum(source.size for source in sources)
-    workers = settings.workers or len(os.sched_getaffinity(0))
+    workers = settings.workers or _cores()
     chunks = _chunks(sources, settings.split_text)
     if workers == 1 or total < _SMALL_INPUT:
         results = _here(chunks, partial(work, tokenizer=tokenizer))
@@ -178,6 +178,11 @@ def _encode_all(
             writer.add_documents(result.ids, result.lengths)
             progress.update(sum(source.position for source in sources), counts.documents)
     return counts
+
+
+def _cores() -> int:
+    """The cores this process may use (macOS cannot say, and gives all)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _account(result: _Encoded, counts: Counts, on_error: str, path: Path) -> None:
