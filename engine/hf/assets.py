@@ -20,10 +20,12 @@ COPIED = ("tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "special_tokens
 """What a Hugging Face folder may hold of a tokenizer; copied byte for byte."""
 
 
-def assets_for(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str = "fp32") -> Mapping[str, Path | bytes]:
+def assets_for(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str = "fp32",
+               template: str | None = None) -> Mapping[str, Path | bytes]:
     """File name -> path or content of all that a serving folder needs beside the weights.
 
-    The tokenizer's files are copied as they are. A vocabulary with ChatML's control pieces and no template of its own
+    `template` is the chat template the model was tuned with; it takes the place of the tokenizer's own. Otherwise the
+    tokenizer's files are copied as they are. A vocabulary with ChatML's control pieces and no template of its own
     gets ChatML's, both in chat_template.jinja and in tokenizer_config.json (older readers know the latter alone).
     """
     ids = token_ids(tokenizer)
@@ -35,9 +37,11 @@ def assets_for(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str = "f
     own = TOKENIZER_CONFIG in tokenizer.files
     settings = read_object(tokenizer.files[TOKENIZER_CONFIG]) if own else _tokenizer_config(tokenizer)
     chat = all(tokenizer.token_id(piece) is not None for piece in (START, END))
-    if chat and "chat_template" not in settings and TEMPLATE not in tokenizer.files:
-        found[TEMPLATE] = CHATML_TEMPLATE.encode()
-        found[TOKENIZER_CONFIG] = dump({**settings, "chat_template": CHATML_TEMPLATE})
+    if template is None and chat and "chat_template" not in settings and TEMPLATE not in tokenizer.files:
+        template = CHATML_TEMPLATE
+    if template is not None:
+        found[TEMPLATE] = template.encode()
+        found[TOKENIZER_CONFIG] = dump({**settings, "chat_template": template})
     elif not own:
         found[TOKENIZER_CONFIG] = dump(settings)
     return found

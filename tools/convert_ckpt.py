@@ -1,0 +1,43 @@
+"""Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a run folder that --load takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.checkpoint import DTYPES
+from engine.errors import UserError, run_cli
+from engine.hf.convert import convert
+from engine.hf.verify import verify
+
+
+def main(argv: list[str]) -> int:
+    """Parses, converts, verifies; 1 when --verify finds a difference."""
+    parser = argparse.ArgumentParser(prog="convert_ckpt.py", description=__doc__)
+    parser.add_argument("--load", required=True, type=Path, metavar="DIR",
+                        help="run folder (its latest step), step folder or Hugging Face folder")
+    parser.add_argument("--save", required=True, type=Path, metavar="DIR", help="the folder to make; must not exist")
+    parser.add_argument("--to", choices=("hf", "engine"), help="what to write; if not given, what --load is not")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="format of the weights; if not given, as they are")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file of a Hugging Face folder [5]")
+    parser.add_argument("--verify", action="store_true",
+                        help="read the result again: every tensor bit for bit, and transformers' logits if installed")
+    options = parser.parse_args(argv)
+    if not 0 < options.shard_gb <= 5:
+        raise UserError(f"--shard-gb {options.shard_gb} must be above 0 and at most 5")
+    start = time.perf_counter()
+    to = convert(options.load, options.save, to=options.to, dtype=options.dtype,
+                 shard_bytes=int(options.shard_gb * 1e9), say=lambda line: print(line, flush=True))
+    print(f"{options.save}: {'a Hugging Face folder' if to == 'hf' else 'a run folder'}, made in "
+          f"{time.perf_counter() - start:.1f} s", flush=True)
+    if options.verify:
+        return 0 if verify(options.load, options.save, options.dtype, lambda line: print(line, flush=True)) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
