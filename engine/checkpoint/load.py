@@ -81,16 +81,19 @@ class Checkpoint:
         return CheckpointSource(self, kind)
 
     def load(self, entries: Iterable[Entry], *, expected: Mapping[str, Shape], cast: bool = False,
-             kinds: Sequence[str] = KINDS) -> None:
+             kinds: Sequence[str] | None = None) -> None:
         """Fills every entry of the given kinds in place, whatever layout wrote them.
 
-        `expected`: all logical names and shapes of the model, also those of other ranks; `kinds`: the kinds this run
-        has. Raises UserError naming every tensor that is missing, extra, of another shape or (unless `cast`) dtype,
-        and each slice whose bytes do not match their checksum.
+        `expected`: all logical names and shapes of the model, also those of other ranks; `kinds`: those to read, all
+        that the entries have if not given. Raises UserError naming every tensor that is missing, extra, of another
+        shape or (unless `cast`) dtype, or the slice whose bytes do not match their checksum.
         """
-        for kind in kinds:
+        wanted = [entry for entry in entries if kinds is None or entry.kind in kinds]
+        for kind in sorted({entry.kind for entry in wanted} | set(self.kinds if kinds is None else kinds)):
+            if kind not in self.kinds:
+                raise UserError(f"{self.folder} holds no {kind} tensors, which this run has; use the --dtype it was "
+                                "saved with, or --load, which takes the weights alone")
             match_names(f"{self.folder} ({kind})", self.source(kind).shapes, expected)
-        wanted = [entry for entry in entries if entry.kind in kinds]
         if not cast:
             match_dtypes(str(self.folder), ((entry.name, DTYPES[self.tensors[entry.name].dtype], entry.tensor.dtype)
                                             for entry in wanted))

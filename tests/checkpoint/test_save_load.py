@@ -146,6 +146,17 @@ def test_another_model_is_refused_by_every_name(tmp_path: Path, change: dict[str
         open_checkpoint(tmp_path / "step-00000001").load([], expected=logical_shapes(replace(TINY, **change)))
 
 
+def test_a_run_without_master_weights_loads_what_it_saved_and_one_with_them_says_that_they_are_missing(
+        tmp_path: Path) -> None:
+    [rank] = build(TINY, (1, 1, 1), torch.float32)
+    save(tmp_path, 1, [Rank([entry for entry in rank.entries if entry.kind != "master"])])
+    checkpoint = open_checkpoint(tmp_path / "step-00000001")
+    [have] = build(TINY, (1, 1, 1), torch.float32, seed=None)
+    checkpoint.load([entry for entry in have.entries if entry.kind != "master"], expected=logical_shapes(TINY))
+    with pytest.raises(UserError, match="holds no master tensors, which this run has"):
+        checkpoint.load(have.entries, expected=logical_shapes(TINY))
+
+
 def test_latest_follows_and_the_oldest_go(tmp_path: Path) -> None:
     root, [rank] = tmp_path / "checkpoints", build(TINY, (1, 1, 1))
     assert latest_step(tmp_path) is None
