@@ -55,8 +55,9 @@ class Shard:
 
 
 def make_parameter(shape: Sequence[int], shard: Shard, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """An empty parameter with its description; `engine.parallel.init` fills it."""
-    parameter = nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+    """A parameter of zeros with its description. Initialisation or a checkpoint fills what belongs to logical tensors;
+    padding rows belong to none, and what they hold would come back as NaN in the gradients."""
+    parameter = nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
     parameter.shard = shard  # type: ignore[attr-defined]
     return parameter
 

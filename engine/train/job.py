@@ -20,6 +20,8 @@ from engine.train.engine import DTYPES
 from engine.train.launch import Place, choose_device
 
 Values = dict[str, Any]
+ONE_RUN = ("stop_after", "resume", "out")
+"""What was asked of the run that wrote a checkpoint, and not of the one that resumes it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def _sources(given: Values) -> tuple[Values, Resolved | None, Path | None]:
         step = latest_step(Path(out))
         if step is not None:
             saved = from_dict(open_checkpoint(step).config)
-            flat = {name: value for group in to_dict(saved).values() for name, value in group.items()}
+            flat = {name: value for group in to_dict(saved).values() for name, value in group.items()
+                    if name not in ONE_RUN}
             return {**flat, **given}, None, step
     weights = resolve(str(given["load"])) if given.get("load") else None
     return given, weights, None

@@ -91,8 +91,9 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def set_threads(local_world: int) -> None:
-    """The cores of the machine, shared by its ranks; torchrun sets OMP_NUM_THREADS=1, which wastes the others."""
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    """The cores of the machine, shared by its ranks; torchrun sets OMP_NUM_THREADS=1, which wastes the others. Alone,
+    a process does what the user has set."""
+    if local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
 

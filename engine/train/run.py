@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import engine as triax
-from engine.checkpoint import load_weights, open_checkpoint, save_checkpoint
+from engine.checkpoint import Checkpoint, load_weights, open_checkpoint, save_checkpoint
 from engine.config import to_dict, to_yaml
 from engine.data.batches import Batch, Batches, share_of
 from engine.errors import UserError
@@ -58,6 +58,14 @@ class Feed:
 
 MakeFeed = Callable[[Job, Mesh, int], Feed]
 """(job, mesh, samples already consumed minus step * global_batch) -> Feed."""
+
+
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Weights, optimizer and step of a checkpoint, whatever layout wrote it. Raises UserError where it does not fit."""
+    optimizer = [entry for entry in engine.optimizer.entries() if entry.kind != "model"]
+    checkpoint.load([*engine.optimizer.weight_entries(), *optimizer], expected=logical_shapes(engine.config.model))
+    engine.step = checkpoint.step
+    engine.optimizer.steps = int(checkpoint.meta["optimizer_steps"])
 
 
 def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
@@ -118,10 +126,7 @@ class _Session:
         expected = logical_shapes(job.config.model)
         if job.resume is not None:
             checkpoint = open_checkpoint(job.resume)
-            optimizer = [entry for entry in engine.optimizer.entries() if entry.kind != "model"]
-            checkpoint.load([*engine.optimizer.weight_entries(), *optimizer], expected=expected)
-            engine.step = checkpoint.step
-            engine.optimizer.steps = int(checkpoint.meta["optimizer_steps"])
+            restore(engine, checkpoint)
             return checkpoint.samples - checkpoint.step * job.config.batch.global_batch
         if job.weights is not None:
             source = open_hf(job.weights.folder) if job.weights.kind == "hf" else (
