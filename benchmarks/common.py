@@ -1,0 +1,124 @@
+"""What benchmarks share: processes that wait for their turn, facts about the machine, tables, and committed results."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+
+Stepper = Callable[[], None]
+"""One training step."""
+
+
+@dataclass
+class Contender:
+    """One side of a comparison: `build(rank, world, **options)` gives its step; its processes live for the whole run."""
+
+    name: str
+    build: Callable[..., Stepper]
+    world: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    pipes: list[Connection] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Starts its ranks; they build their models and then wait."""
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        for rank in range(self.world):
+            here, there = context.Pipe()
+            context.Process(target=_serve, args=(there, self, rank, port), daemon=True).start()
+            self.pipes.append(here)
+        for pipe in self.pipes:
+            pipe.recv()
+
+    def turn(self, steps: int) -> None:
+        """Runs some steps and keeps the seconds of one."""
+        for pipe in self.pipes:
+            pipe.send(steps)
+        self.seconds.append(max(pipe.recv() for pipe in self.pipes))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pipes": []}
+
+
+def _serve(pipe: Connection, contender: Contender, rank: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(contender.world))
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // contender.world))
+    step = contender.build(rank, contender.world, **contender.options)
+    step()  # warm-up: allocations, lazy initialisation
+    pipe.send("ready")
+    while True:
+        steps = pipe.recv()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        pipe.send((time.perf_counter() - start) / steps)
+
+
+def race(contenders: Sequence[Contender], rounds: int, steps: int, say: Callable[[str], None] = print) -> None:
+    """Lets every contender take a turn, `rounds` times; the machine's moods then fall on all alike."""
+    for contender in contenders:
+        contender.start()
+        say(f"  ready: {contender.name}")
+    for number in range(rounds):
+        for contender in contenders:
+            contender.turn(steps)
+        say(f"  round {number + 1}/{rounds}: " + ", ".join(f"{c.name} {c.seconds[-1]:.3f} s" for c in contenders))
+
+
+def median_ratio(one: Contender, other: Contender) -> float:
+    """Median over rounds of other's time over one's: above 1, `one` is faster."""
+    return statistics.median(b / a for a, b in zip(one.seconds, other.seconds, strict=True))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def machine() -> dict[str, Any]:
+    """Facts that a figure is worth nothing without."""
+    import torch
+
+    model = ""
+    if Path("/proc/cpuinfo").exists():
+        text = Path("/proc/cpuinfo").read_text()
+        model = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+            "torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "commit": commit.strip(), "date": time.strftime("%Y-%m-%d")}
+
+
+def keep(name: str, content: dict[str, Any]) -> Path:
+    """Writes a result with the machine's facts; committed when it is worth keeping."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
