@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from engine import verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toys
@@ -60,9 +63,8 @@ def single(ranks: Any) -> Any:
 
 def gradient_errors(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
     """||d|| / max(||g||, 1e-6 of the whole norm) of each tensor."""
-    whole = np.sqrt(sum(float((g**2).sum()) for g in wanted.values()))
-    return {name: float(np.linalg.norm(found[name] - g) / max(np.linalg.norm(g), 1e-6 * whole))
-            for name, g in wanted.items()}
+    sides = ({name: torch.from_numpy(g) for name, g in side.items()} for side in (found, wanted))
+    return verify.gradient_errors(*sides)
 
 
 def compare(results: list[Any], reference: Any, bound: float, gradient_bound: float) -> None:

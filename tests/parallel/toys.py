@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine import verify
 from engine.config import RunConfig, check, parse
-from engine.data.batches import Batch
 from engine.mesh import build_mesh
-from engine.parallel.sharding import pieces, shard_of
+from engine.parallel.sharding import Entry
 from engine.train.engine import DTYPES, Engine
+from engine.verify import make_batch, train
+
+__all__ = ["MODELS", "assemble", "local_gradients", "local_weights", "make_batch", "make_config", "make_engine",
+           "train"]
 
 SHAPE = ("--layers 5 --hidden 32 --ffn-hidden 64 --heads 4 --kv-heads 2 --vocab-size 101 --micro-batch 1 "
          "--global-batch 4 --seq-len 16 --steps 20 --lr 1e-2 --warmup 3 --dtype fp64")
@@ -37,45 +41,20 @@ def make_engine(config: RunConfig, rank: int, world: int) -> Engine:
     return engine
 
 
-def make_batch(config: RunConfig, step: int, dp_rank: int, dp: int) -> Batch:
-    """A dp rank's part of a step's random batch; a quarter of the labels are not supervised, unevenly over the rows."""
-    rng = np.random.default_rng(step)
-    rows = rng.integers(0, config.model.vocab_size, (config.batch.global_batch, config.batch.seq_len + 1))
-    labels = rows[:, 1:].copy()
-    labels[rng.random(labels.shape) < np.linspace(0, 0.5, len(rows))[:, None]] = -100
-    share = slice(dp_rank * len(rows) // dp, (dp_rank + 1) * len(rows) // dp)
-    return Batch(rows[share, :-1], labels[share])
+def local_gradients(engine: Engine) -> list[Any]:
+    """The last step's summed gradients in this rank's optimizer shard: (name, whole shape, start, values)."""
+    return [_plain(entry) for entry in verify.local_gradients(engine)]
 
 
-def train(engine: Engine, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
-    found = []
-    for _ in range(steps):
-        batch = make_batch(engine.config, engine.step, engine.mesh.dp, engine.mesh.size("dp"))
-        result = engine.train_step(batch)
-        found.append((result.loss, result.grad_norm))
-    return found
-
-
-def local_gradients(engine: Engine) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
-    """The first micro-steps' summed gradients held in this rank's optimizer shard: (name, whole shape, start, values)."""
-    found = []
-    for bucket in engine.optimizer.buckets:
-        for piece, span in bucket.shard_pieces():
-            values = bucket.shard_grads[span].view(piece.extent).numpy().copy()
-            found.append((piece.member.name, piece.member.shape, piece.start, values))
-    return found
-
-
-def local_weights(engine: Engine) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
+def local_weights(engine: Engine) -> list[Any]:
     """Every rectangle of every local parameter: (name, whole shape, start, values)."""
-    found = []
-    for model in engine.models():
-        for parameter in model.parameters():
-            for piece in pieces(shard_of(parameter), 0, parameter.shape[0]):
-                values = parameter.detach()[slice(*piece.rows)].to(torch.float64).numpy().copy()
-                found.append((piece.member.name, piece.member.shape, piece.start, values))
-    return found
+    return [_plain(entry) for entry in verify.local_weights(engine)]
+
+
+def _plain(entry: Entry) -> tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]:
+    """What a rank sends back to the test."""
+    member = entry.piece.member
+    return member.name, member.shape, entry.piece.start, entry.tensor.to(torch.float64).numpy().copy()
 
 
 def assemble(parts: list[Any]) -> dict[str, np.ndarray]:

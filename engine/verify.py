@@ -1,0 +1,232 @@
+"""Does this layout compute the run of one process? `torchrun --nproc-per-node N -m engine.verify --tp 2 --pp 2 ...`
+
+Trains the asked layout and then, on rank 0 alone, one process with the same config on the same synthetic tokens, and
+compares initial weights (bit for bit), the first step's gradients tensor by tensor, and each step's loss and gradient
+norm. Flags are those of pretraining; without them a toy model in fp64. Exit code 0 when equal, 1 when not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine.config import Layout, ParallelConfig, RunConfig
+from engine.config.flags import parse_values
+from engine.data.batches import Batch
+from engine.errors import UserError
+from engine.kernels.cross_entropy import IGNORE
+from engine.mesh import AXES, Mesh, build_mesh
+from engine.model.shapes import logical_shapes
+from engine.parallel.sharding import Entry, pieces, shard_of
+from engine.train.engine import Engine
+from engine.train.job import Job, prepare, take_switches
+from engine.train.launch import Place, connect, place_from_environment, run_rank, set_threads, start_group
+
+SHAPE: Mapping[str, Any] = MappingProxyType({
+    "layers": 8, "hidden": 32, "ffn_hidden": 64, "heads": 8, "kv_heads": 2, "vocab_size": 101})
+"""The toy model: kv heads that tp 4 repeats, a vocabulary that nothing divides."""
+DEFAULTS: Mapping[str, Any] = MappingProxyType({
+    "dtype": "fp64", "seq_len": 16, "global_batch": 8, "steps": 20, "lr": 1e-3, "warmup": 3})
+"""A rate of 1e-2 would do for any layout's first step, but over 20 steps training itself magnifies rounding beyond the
+bounds."""
+FOREIGN = ("data", "valid_data", "load", "resume", "out", "tokenizer")
+"""Flags that mean nothing here: tokens and weights come from the seed, and nothing is written."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The largest relative differences that count as equal; the norm of fp32 runs has none."""
+
+    loss: float
+    norm: float
+    gradient: float
+
+
+BOUNDS: Mapping[str, Bounds] = MappingProxyType({
+    "fp64": Bounds(1e-10, 1e-10, 1e-10), "fp32": Bounds(1e-5, float("inf"), 5e-6)})
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run leaves to compare: (loss, gradient norm) of each step, and whole tensors by logical name."""
+
+    curve: list[tuple[float, float]]
+    weights: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one rank and returns its exit code."""
+    return run_rank(lambda: _verify(argv))
+
+
+def _verify(argv: Sequence[str]) -> int:
+    place = place_from_environment()
+    job = _job(argv, place)
+    set_threads(place.local_world)
+    timeout = job.config.runtime.timeout
+    start_group(place, job.device, timeout, connect(place, timeout) if place.world > 1 else None)
+    mesh = build_mesh(job.layout, place.rank, job.config.model.kv_heads, timedelta(seconds=timeout))
+    found = trace(job.config, mesh, job.device, job.dtype)
+    verdict = torch.zeros((), device=job.device)
+    if place.rank == 0:
+        wanted = trace(alone(job.config), Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), job.device, job.dtype)
+        verdict += 0 if report(found, wanted, job.config, str(job.layout)) else 1
+    if place.world > 1:
+        dist.broadcast(verdict, 0)  # the others wait here while rank 0 trains alone
+        dist.destroy_process_group()
+    return int(verdict)
+
+
+def _job(argv: Sequence[str], place: Place) -> Job:
+    switches, flags = take_switches(argv)
+    given = parse_values(flags)
+    for name in FOREIGN:
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')}: verification trains on tokens and weights made from --seed, "
+                            "and writes nothing; leave the flag out")
+    defaults = {**DEFAULTS, **({} if "model" in given else SHAPE)}
+    dtype = str(given.get("dtype", defaults["dtype"]))
+    if dtype not in BOUNDS:
+        raise UserError(f"--dtype {dtype}: layouts are compared in {' or '.join(BOUNDS)}")
+    return prepare(flags, (), defaults, place, switches, lambda config: None)
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The same run on one process."""
+    return replace(config, parallel=ParallelConfig())
+
+
+def trace(config: RunConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Trace:
+    """Trains from the initial weights to the last step; called by every rank of the mesh."""
+    engine = Engine(config, mesh, device, dtype)
+    engine.initialize()
+    weights = gather(local_weights(engine), config, mesh)
+    engine.optimizer.config = replace(config.optimizer, clip=0.0)  # a clipped shard would not be the gradient
+    curve = train(engine, 1)
+    gradients = gather(local_gradients(engine), config, mesh)
+    engine.optimizer.config = config.optimizer
+    return Trace(curve + train(engine, config.batch.steps - 1), weights, gradients)
+
+
+def train(engine: Engine, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the next steps, on synthetic batches."""
+    found = []
+    for _ in range(steps):
+        result = engine.train_step(make_batch(engine.config, engine.step, engine.mesh.dp, engine.mesh.size("dp")))
+        found.append((result.loss, result.grad_norm))
+    return found
+
+
+def make_batch(config: RunConfig, step: int, dp_rank: int, dp: int) -> Batch:
+    """A dp rank's part of a step's random batch; a quarter of the labels are not supervised, unevenly over the rows."""
+    rng = np.random.default_rng([config.runtime.seed, step])
+    rows = rng.integers(0, config.model.vocab_size, (config.batch.global_batch, config.batch.seq_len + 1))
+    labels = rows[:, 1:].copy()
+    labels[rng.random(labels.shape) < np.linspace(0, 0.5, len(rows))[:, None]] = IGNORE
+    share = slice(dp_rank * len(rows) // dp, (dp_rank + 1) * len(rows) // dp)
+    return Batch(rows[share, :-1], labels[share])
+
+
+def local_weights(engine: Engine) -> list[Entry]:
+    """Every rectangle of every local parameter."""
+    return [Entry("model", piece, parameter.detach()[slice(*piece.rows)])
+            for model in engine.models() for parameter in model.parameters()
+            for piece in pieces(shard_of(parameter), 0, parameter.shape[0])]
+
+
+def local_gradients(engine: Engine) -> list[Entry]:
+    """The last step's gradients, summed over everything, in this rank's shard of the optimizer."""
+    return [Entry("gradient", piece, bucket.shard_grads[span].view(piece.extent))
+            for bucket in engine.optimizer.buckets for piece, span in bucket.shard_pieces()]
+
+
+def gather(entries: Iterable[Entry], config: RunConfig, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Whole tensors on every rank. Each element is one rank's number plus zeros, so the sum is exact.
+
+    Elements that nobody or several hold would make a wrong sum: they are set to NaN, which no comparison passes.
+    Copies that are not primary must agree with the whole bit for bit, else they too leave a NaN.
+    """
+    held: dict[str, list[Entry]] = {}
+    for entry in entries:
+        held.setdefault(entry.piece.member.name, []).append(entry)
+    sample = next((e.tensor for group in held.values() for e in group), torch.zeros((), dtype=torch.float64))
+    kind = torch.float64 if config.runtime.dtype == "fp64" else torch.float32
+    found = {}
+    for name, shape in logical_shapes(config.model).items():
+        values, holders = torch.zeros(2, *shape, dtype=kind, device=sample.device)
+        for entry in held.get(name, []):
+            if entry.piece.member.primary:
+                values[_window(entry)] = entry.tensor.to(kind)
+                holders[_window(entry)] += 1
+        _sum(values, mesh)
+        _sum(holders, mesh)
+        differ = torch.zeros_like(values)
+        for entry in held.get(name, []):
+            differ[_window(entry)] = (values[_window(entry)] != entry.tensor.to(kind)).to(kind)
+        _sum(differ, mesh)
+        found[name] = values.masked_fill((holders != 1) | (differ > 0), float("nan"))
+    return found
+
+
+def _window(entry: Entry) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(entry.piece.start, entry.piece.extent, strict=True))
+
+
+def _sum(x: torch.Tensor, mesh: Mesh) -> None:
+    if mesh.layout.world > 1:
+        dist.all_reduce(x)
+
+
+def gradient_errors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """||d|| / max(||g||, 1e-6 of the whole norm) of each tensor.
+
+    In fp32 a key bias is left out: softmax does not see a shift of all keys, so its gradient is rounding alone.
+    """
+    whole = float(torch.stack([g.double().square().sum() for g in wanted.values()]).sum().sqrt())
+    return {name: float((found[name] - g).double().norm()) / max(float(g.double().norm()), 1e-6 * whole, 1e-300)
+            for name, g in wanted.items() if g.dtype == torch.float64 or not name.endswith("k_proj.bias")}
+
+
+def worst(errors: Mapping[Any, float]) -> tuple[float, Any]:
+    """The largest error and where it is; NaN is larger than anything."""
+    place = max(errors, key=lambda key: float("inf") if errors[key] != errors[key] else errors[key])
+    return errors[place], place
+
+
+def relative(found: Sequence[float], wanted: Sequence[float]) -> dict[str, float]:
+    """Relative differences by step."""
+    return {f"step {i + 1}": abs(a - b) / abs(b) for i, (a, b) in enumerate(zip(found, wanted, strict=True))}
+
+
+def report(found: Trace, wanted: Trace, config: RunConfig, layout: str) -> bool:
+    """Prints the worst figures and the verdict; returns whether the two runs are equal."""
+    bounds = BOUNDS[config.runtime.dtype]
+    bits = {name: float((found.weights[name] != tensor).sum()) for name, tensor in wanted.weights.items()}
+    figures = [
+        ("initial weights, elements that differ", worst(bits), 0.0),
+        ("first gradient of a tensor", worst(gradient_errors(found.gradients, wanted.gradients)), bounds.gradient),
+        ("loss of a step", worst(relative(*([x for x, _ in run.curve] for run in (found, wanted)))), bounds.loss),
+        ("gradient norm of a step", worst(relative(*([x for _, x in run.curve] for run in (found, wanted)))),
+         bounds.norm)]
+    model = config.model
+    print(f"{layout} against one process: {model.family}, {model.layers} layers of {model.hidden}, "
+          f"{config.runtime.dtype}, {config.batch.steps} steps")
+    print(f"{'':38} {'worst':>9}  {'bound':>7}  where")
+    for what, (error, place), bound in figures:
+        print(f"{what:38} {error:9.2e}  {bound:7.0e}  {place if error else ''}")
+    equal = all(error <= bound for _, (error, _), bound in figures)
+    print("equal" if equal else "differs", flush=True)
+    return equal
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
