@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -77,8 +78,10 @@ class JsonLines:
         if path.exists():
             with open(path, encoding="utf-8") as old:
                 kept = [text for text in old if text.endswith("\n") and json.loads(text)["step"] <= step]
-        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115  open as long as the run
-        self.file.writelines(kept)
+        fresh = path.with_name(f".{path.name}.new")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        os.replace(fresh, path)  # a crash at this moment loses no line
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the run
 
     def after_step(self, record: StepRecord, last: bool) -> None:
         self.file.write(json.dumps(self.line(record)) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine.plan import Plan, available_memory, estimate, require_memory
 from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.train.engine import DTYPES
 from engine.train.launch import Place, choose_device
+from engine.train.lock import check_lock
 
 Values = dict[str, Any]
 ONE_RUN = ("stop_after", "resume", "out")
@@ -85,6 +87,8 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     if base is not None:
         _same_model(config.model, base, weights or Resolved("run", resume or Path()))
     _check_folder(config, resume)
+    if switches.check and config.save.out:
+        check_lock(Path(config.save.out))
     device = torch.device("cpu") if switches.dry_run else choose_device(config.runtime.device, place.local_rank)
     name = config.runtime.dtype
     dtype = DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -175,7 +179,10 @@ def _check_folder(config: RunConfig, resume: Path | None) -> None:
     if not config.save.out or resume is not None:
         return
     out = Path(config.save.out)
+    above = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
+    if not above.is_dir():
+        raise UserError(f"--out {out} cannot be written: {above} is not a folder; give another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out} cannot be written: {above} is read-only for this user; give another --out")
     if latest_step(out) is not None:
         raise UserError(f"{out} holds checkpoints of an earlier run; continue it with --resume, or give another --out")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")

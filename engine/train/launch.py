@@ -65,7 +65,7 @@ def run_rank(body: Callable[[], int]) -> int:
     except Diverged as error:
         return _say_once(f"error: {error}", CRASHED)
     except Exception:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         traceback.print_exc()
         sys.stderr.flush()
@@ -74,7 +74,7 @@ def run_rank(body: Callable[[], int]) -> int:
 
 def _say_once(line: str, code: int) -> int:
     """Rank 0 says what all ranks found; another rank speaks only if rank 0's exit has not ended it within a second."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends us as soon as rank 0 is gone
         time.sleep(1.0)
     print(line, file=sys.stderr, flush=True)
@@ -115,11 +115,15 @@ def tune_allocator() -> None:
         mallopt(option, value)
 
 
-def connect(place: Place, timeout: float) -> dist.Store:
-    """The store where ranks meet: torchrun's own, or one that rank 0 opens. Raises UserError for a taken port."""
+def connect(place: Place, timeout: float, *, open_store: bool = True) -> dist.Store:
+    """The store where ranks meet: torchrun's own, or one that rank 0 opens (once: `open_store`). Raises UserError for a
+    taken port."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = int(os.environ.get("MASTER_PORT", "29500"))
-    serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    text = os.environ.get("MASTER_PORT", "29500")
+    if not text.isdigit() or not 0 < int(text) < 1 << 16:
+        raise UserError(f"MASTER_PORT={text!r} in the environment is not a port (1 to 65535)")
+    port = int(text)
+    serves = open_store and place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     except RuntimeError as error:  # DistNetworkError and friends
@@ -130,15 +134,16 @@ def connect(place: Place, timeout: float) -> dist.Store:
     return dist.PrefixStore(f"triax/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def start_group(place: Place, device: torch.device, timeout: float) -> None:
-    """The process group over all ranks: NCCL on GPUs, gloo on CPUs, with a timeout that is set."""
-    if place.world == 1:
+def start_group(place: Place, device: torch.device, timeout: float, store: dist.Store | None) -> None:
+    """The process group over all ranks that meet at `store` (None where a process is alone): NCCL on GPUs, gloo on
+    CPUs, with a timeout that is set."""
+    if store is None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "GLOO_SOCKET_IFNAME" not in os.environ and _loopback():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: nothing listens on the network
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=connect(place, timeout), rank=place.rank,
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank,
                             world_size=place.world, timeout=timedelta(seconds=timeout))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -40,7 +39,8 @@ from engine.train.callbacks import (
 )
 from engine.train.engine import Engine
 from engine.train.job import Job
-from engine.train.launch import Place, connect, set_threads, start_group
+from engine.train.launch import Diverged, Place, connect, set_threads, start_group
+from engine.train.lock import RunLock
 from engine.train.loop import StopRequest, train
 from engine.train.watchdog import Watchdog
 
@@ -70,23 +70,24 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
 
 def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
     """Runs a job on this rank to its end; returns the exit code."""
+    timeout = job.config.runtime.timeout
     with ExitStack() as stack:
+        store = connect(place, timeout) if place.world > 1 else None  # a taken port is known before anything is written
         if place.rank == 0 and job.config.save.out:
-            stack.enter_context(_locked(Path(job.config.save.out)))
+            stack.enter_context(RunLock(Path(job.config.save.out)))
         set_threads(place.local_world)
-        start_group(place, job.device, job.config.runtime.timeout)
-        mesh = build_mesh(job.layout, place.rank, job.config.model.kv_heads,
-                          timedelta(seconds=job.config.runtime.timeout))
+        start_group(place, job.device, timeout, store)
+        mesh = build_mesh(job.layout, place.rank, job.config.model.kv_heads, timedelta(seconds=timeout))
         watchdog = _watch(job, place, mesh)
         try:
             _Session(job, place, mesh, make_feed).run()
-        except UserError:  # every rank finds the same: no death to report
+        except (UserError, Diverged):  # every rank finds the same: no death to report
             if watchdog is not None:
                 watchdog.stop()
             raise
         except BaseException as error:
             if watchdog is not None:
-                watchdog.report(f"failed: {type(error).__name__}: {error}")
+                watchdog.report(error)
             raise
         if watchdog is not None:
             watchdog.stop()
@@ -98,7 +99,7 @@ def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
 def _watch(job: Job, place: Place, mesh: Mesh) -> Watchdog | None:
     if place.world == 1:
         return None
-    watchdog = Watchdog(connect(place, job.config.runtime.timeout), place.rank, place.world, str(mesh))
+    watchdog = Watchdog(connect(place, job.config.runtime.timeout, open_store=False), place.rank, place.world, str(mesh))
     watchdog.watch()
     return watchdog
 
@@ -225,27 +226,6 @@ class _Session:
             self.say(f"resumed {job.resume} at step {self.engine.step}")
         elif job.weights is not None:
             self.say(f"weights of {job.weights.folder}, a fresh optimizer")
-
-
-class _locked:
-    """Holds the lock of a run folder: two runs in one folder would write each other's files."""
-
-    def __init__(self, out: Path) -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self.file = open(out / ".lock", "w")  # noqa: SIM115  held as long as the run
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run is writing {out}; wait for it, or give another --out") from None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
 
 
 def _write_facts(out: Path, job: Job) -> None:
