@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -65,14 +66,17 @@ def _convert(leaf: Leaf, value: Any) -> Any:
     if leaf.type is bool:
         words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         if str(value).lower() not in words:
-            raise UserError(f"{flag} {value!r} is not true or false")
+            raise UserError(f"{flag} {str(value)[:80]!r} is not true or false")
         return words[str(value).lower()]
     if isinstance(value, (bool, list, dict)):
-        raise UserError(f"{flag} {value!r} is not a {leaf.type.__name__}")
+        raise UserError(f"{flag} must be a {leaf.type.__name__}, not a {type(value).__name__}")
     if leaf.type is str:
         return str(value)
+    text = str(value).replace("_", "")
+    if leaf.type is int and re.fullmatch(r"[+-]?[0-9]{1,40}", text):
+        return int(text)  # not through a float, which keeps 53 bits of a seed
     try:
-        number = float(str(value).replace("_", ""))
+        number = float(text)
     except ValueError:
         raise UserError(f"{flag} {value!r} is not a number") from None
     if not math.isfinite(number):
@@ -87,10 +91,17 @@ def _convert(leaf: Leaf, value: Any) -> Any:
 def _from_yaml(path: str, leaves: Mapping[str, Leaf]) -> Values:
     """The leaves of a YAML file: `tp: 2`, `parallel: {tp: 2}` and `model: 7b` are all understood."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        # An alias stands for what it names, and aliases of aliases for more than any memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"--config {path} has YAML aliases (*name), which a run's config does not use; write the "
+                            "values out")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"--config {path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())[:200]}") from None
     if content is None:
         return {}
