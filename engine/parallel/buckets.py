@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.kernels.norm import wide
-from engine.parallel.collectives import Group
+from engine.parallel.collectives import Group, all_gather_flat, reduce_scatter_flat
 from engine.parallel.gradients import collect
 from engine.parallel.sharding import Piece, pieces, shard_of
 
@@ -78,12 +78,12 @@ class Bucket:
             if slot.parameter.grad_empty:  # type: ignore[attr-defined]
                 slot.parameter.main_grad.zero_()  # type: ignore[attr-defined]
         if self.dp is not None:
-            self.work = dist.reduce_scatter_tensor(self.shard_grads, self.grads, group=self.dp, async_op=True)
+            self.work = reduce_scatter_flat(self.shard_grads, self.grads, group=self.dp, async_op=True)
 
     def gather(self) -> None:
         """Gives every dp rank the others' updated rows."""
         if self.dp is not None:
-            dist.all_gather_into_tensor(self.data, self.shard_data.clone(), group=self.dp)
+            all_gather_flat(self.data, self.shard_data.clone(), group=self.dp)
 
     def shard_pieces(self) -> Iterator[tuple[Piece, slice]]:
         """The logical pieces in this dp rank's rows, with where they stand in the flat shard."""

@@ -20,6 +20,10 @@ import torch.distributed as dist
 
 Group = dist.ProcessGroup | None
 
+# torch 2.13 renamed these two and warns about the old names; 2.11 knows the old names alone.
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -39,7 +43,7 @@ def all_gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """[batch, seq/tp, hidden] -> [batch, seq, hidden], no gradient."""
     batch, part, hidden = x.shape
     parts = x.new_empty(tp.size * batch, part, hidden)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=tp.group)
+    all_gather_flat(parts, x.contiguous(), group=tp.group)
     return parts.view(tp.size, batch, part, hidden).transpose(0, 1).reshape(batch, tp.size * part, hidden)  # a view when batch is 1
 
 
@@ -49,7 +53,7 @@ def start_reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> tuple[
     part = seq // tp.size
     parts = x.view(batch, tp.size, part, hidden).transpose(0, 1).reshape(tp.size * batch, part, hidden)
     mine = x.new_empty(batch, part, hidden)
-    return mine, dist.reduce_scatter_tensor(mine, parts, group=tp.group, async_op=True)
+    return mine, reduce_scatter_flat(mine, parts, group=tp.group, async_op=True)
 
 
 def reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
