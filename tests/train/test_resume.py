@@ -1,0 +1,68 @@
+"""A run that was stopped and resumed, twice and across an epoch's end, is the run that never stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import runs
+
+from engine.data.batches import PretrainBatches
+from engine.data.samples import open_samples
+
+STEPS = ["--steps", "22", "--save-every", "6"]
+EPOCH = 62  # samples: an epoch ends within step 16, and another offset begins
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> list[str]:
+    return runs.write_corpus(folder / "corpus")
+
+
+def test_twice_resumed_across_an_epochs_end_is_bit_equal(folder: Path, data: list[str]) -> None:
+    samples = open_samples(data[1], seq_len=32, seed=1234)
+    assert samples.epoch_size == EPOCH and EPOCH % 4 and 7 * 4 < EPOCH < 17 * 4
+    assert runs.pretrain(*runs.MODEL, *STEPS, *data, "--out", folder / "whole").returncode == 0
+    first = runs.pretrain(*runs.MODEL, *STEPS, *data, "--out", folder / "parts", "--stop-after", "7")
+    assert first.returncode == 0, first.stderr
+    for stop in (["--stop-after", "17"], []):
+        done = runs.pretrain("--out", folder / "parts", "--resume", *stop)  # the rest is in the checkpoint
+        assert done.returncode == 0, done.stderr
+    runs.assert_same_run(folder / "parts", folder / "whole")
+
+
+def test_a_finished_run_has_nothing_to_resume(folder: Path, data: list[str]) -> None:
+    out = folder / "finished"
+    flags = [*runs.MODEL, "--steps", "2", *data, "--out", out]
+    assert runs.pretrain(*flags).returncode == 0
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    again = runs.pretrain(*flags, "--resume")
+    assert again.returncode == 0 and "nothing to do: step 2 of 2 is done" in again.stdout
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+
+
+def test_another_global_batch_goes_on_at_the_next_sample(folder: Path, data: list[str]) -> None:
+    out = folder / "batch"
+    assert runs.pretrain(*runs.MODEL, "--steps", "3", *data, "--out", out).returncode == 0
+    done = runs.pretrain("--out", out, "--resume", "--global-batch", "8", "--steps", "5")
+    assert done.returncode == 0, done.stderr
+    lines = [runs.json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [(line["first"], line["count"]) for line in lines] == [(0, 4), (4, 4), (8, 4), (12, 8), (20, 8)]
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+def test_the_data_ranks_of_a_step_read_its_samples_once(data: list[str], dp: int) -> None:
+    samples = open_samples(data[1], seq_len=32, seed=1234)
+    whole = PretrainBatches(samples, 8).step(9)
+    parts = [PretrainBatches(samples, 8, rank, dp).step(9) for rank in range(dp)]
+    assert (whole.tokens == runs.np.concatenate([part.tokens for part in parts])).all()
+    assert (whole.labels == runs.np.concatenate([part.labels for part in parts])).all()
