@@ -14,8 +14,9 @@ class UserError(Exception):
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
     """The option that looks most like `word`, or None when nothing is close."""
-    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
-    return found[0] if found else None
+    lower = {option.lower(): option for option in options}
+    found = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.6)
+    return lower[found[0]] if found else None
 
 
 def run_cli(main: Callable[[list[str]], int]) -> NoReturn:

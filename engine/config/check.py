@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from engine.config.schema import ModelConfig, RunConfig
 from engine.errors import UserError, nearest
 
 VOCAB_MULTIPLE = 64
 """The vocabulary is padded at run time to a multiple of this times tp, so that every shard is a round matrix."""
+MACHINE = 8
+"""Largest tp that a message proposes: tensor parallelism wants the links inside one machine."""
+MOST = MappingProxyType({
+    "layers": 1 << 14, "hidden": 1 << 20, "ffn_hidden": 1 << 22, "heads": 1 << 16, "kv_heads": 1 << 16,
+    "head_dim": 1 << 16, "vocab_size": 1 << 24, "max_positions": 1 << 30})
+"""Beyond any model: a number mistyped, or a file that lies, would otherwise be planned for hours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +43,9 @@ def plan_layout(config: RunConfig, world: int) -> Layout:
         _at_least(flag, getattr(par, flag), 1)
     model_ranks = par.tp * par.pp * par.cp
     if world % model_ranks:
-        raise UserError(f"{world} processes cannot hold tp {par.tp} x pp {par.pp} = {model_ranks}; "
-                        f"start a multiple of {model_ranks} processes (--nproc-per-node), or lower --tp or --pp")
+        raise UserError(f"{world} process{'es' if world > 1 else ''} cannot hold tp {par.tp} x pp {par.pp} = "
+                        f"{model_ranks}; start a multiple of {model_ranks} processes (--nproc-per-node), or lower "
+                        "--tp or --pp")
     return Layout(pp=par.pp, dp=world // model_ranks, cp=par.cp, tp=par.tp)
 
 
@@ -57,9 +65,9 @@ def _at_least(flag: str, value: float, least: float) -> None:
         raise UserError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
 
 
-def _divisors(n: int) -> str:
-    """The divisors of n as words: `1, 2, 3, 5 or 6`, the large ones left out."""
-    found = [str(d) for d in range(1, min(n, 64) + 1) if n % d == 0]
+def _divisors(n: int, most: int = 64) -> str:
+    """The divisors of n as words: `1, 2, 3, 5 or 6`, those above `most` left out."""
+    found = [str(d) for d in range(1, min(n, most) + 1) if n % d == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
 
 
@@ -86,15 +94,21 @@ def _check_choices(config: RunConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    for flag in ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab_size", "max_positions"):
+    for flag, most in MOST.items():
         _at_least(flag, getattr(model, flag), 1)
-    if model.vocab_size > 1 << 24:
-        raise UserError(f"--vocab-size {model.vocab_size} is beyond any vocabulary (at most {1 << 24})")
+        if getattr(model, flag) > most:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(model, flag)} is beyond any model; use at most "
+                            f"{most}")
+    for flag in ("norm_eps", "init_std"):
+        _at_least(flag, getattr(model, flag), 0)
+    if model.rope_theta <= 0:
+        raise UserError(f"--rope-theta {model.rope_theta} must be above 0")
     if model.heads % model.kv_heads:
         raise UserError(f"heads {model.heads} is not divisible by kv-heads {model.kv_heads}; "
                         f"use --kv-heads {_divisors(model.heads)}")
     if model.family == "llama" and model.head_dim % 2:
-        raise UserError(f"head-dim {model.head_dim} is odd, and RoPE rotates pairs; use --head-dim {model.head_dim + 1}")
+        raise UserError(f"head-dim {model.head_dim} is odd, and RoPE rotates pairs; use --head-dim "
+                        f"{model.head_dim + 1}")
 
 
 def _check_parallel(config: RunConfig) -> None:
@@ -102,13 +116,14 @@ def _check_parallel(config: RunConfig) -> None:
     if par.cp != 1:
         raise UserError(f"--cp {par.cp}: context parallelism is not available yet; use --cp 1")
     if model.heads % par.tp:
-        raise UserError(f"heads {model.heads} is not divisible by tp {par.tp}; use --tp {_divisors(model.heads)}")
+        raise UserError(f"heads {model.heads} is not divisible by tp {par.tp}; "
+                        f"use --tp {_divisors(model.heads, MACHINE)}")
     if model.kv_heads % par.tp and par.tp % model.kv_heads:
         raise UserError(f"kv-heads {model.kv_heads} and tp {par.tp}: one must divide the other; "
-                        f"use --tp {_divisors(model.kv_heads)}")
+                        f"use --tp {_divisors(model.kv_heads, MACHINE)}")
     if model.ffn_hidden % par.tp:
         raise UserError(f"ffn-hidden {model.ffn_hidden} is not divisible by tp {par.tp}; "
-                        f"use --tp {_divisors(model.ffn_hidden)}")
+                        f"use --tp {_divisors(model.ffn_hidden, MACHINE)}")
     stages = par.pp * par.virtual_stages
     if model.layers < stages:
         raise UserError(f"layers {model.layers} are fewer than pp {par.pp} x virtual-stages {par.virtual_stages} = "
@@ -136,8 +151,9 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
 
 def _check_optimizer(config: RunConfig) -> None:
     opt, save = config.optimizer, config.save
-    for flag in ("lr", "warmup", "weight_decay", "clip"):
+    for flag in ("lr", "warmup", "weight_decay", "clip", "adam_eps"):
         _at_least(flag, getattr(opt, flag), 0)
+    _at_least("min_lr", opt.min_lr or 0.0, 0)
     for flag in ("beta1", "beta2"):
         if not 0 <= getattr(opt, flag) < 1:
             raise UserError(f"--{flag} {getattr(opt, flag)} must be at least 0 and below 1")
@@ -147,6 +163,9 @@ def _check_optimizer(config: RunConfig) -> None:
         _at_least(flag, getattr(save, flag), 0)
     _at_least("log_every", save.log_every, 1)
     _at_least("stop_after", config.batch.stop_after, 0)
+    _at_least("peak_tflops", config.runtime.peak_tflops, 0)
+    if not 0 <= config.runtime.seed < 1 << 64:
+        raise UserError(f"--seed {config.runtime.seed} must be at least 0 and below 2^64")
     if config.runtime.timeout <= 0:
         raise UserError(f"--timeout {config.runtime.timeout} must be above 0 seconds")
     if not 0 <= config.data.split < 1:

@@ -92,15 +92,10 @@ def _from_yaml(path: str, leaves: Mapping[str, Leaf]) -> Values:
     """The leaves of a YAML file: `tp: 2`, `parallel: {tp: 2}` and `model: 7b` are all understood."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        # An alias stands for what it names, and aliases of aliases for more than any memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"--config {path} has YAML aliases (*name), which a run's config does not use; write the "
-                            "values out")
+        _refuse_bombs(path, text)
         content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except RecursionError:
-        raise UserError(f"--config {path} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())[:200]}") from None
     if content is None:
@@ -118,6 +113,18 @@ def _from_yaml(path: str, leaves: Mapping[str, Leaf]) -> Values:
             leaf = _leaf(str(key), leaves)
             found[leaf.name] = _convert(leaf, value)
     return found
+
+
+def _refuse_bombs(path: str, text: str) -> None:
+    """Raises UserError for YAML that is small as text and has no bound as values: aliases of aliases, deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"--config {path} has YAML aliases (*name), which a run's config does not use; write the "
+                            "values out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 8:
+            raise UserError(f"--config {path} is nested too deeply for a run's config")
 
 
 def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values, str | None]:
@@ -176,7 +183,10 @@ def from_dict(content: Mapping[str, Any]) -> RunConfig:
     """The RunConfig that `to_dict` wrote; unknown and ill-typed keys raise UserError."""
     leaves = _leaves()
     values: Values = {}
+    groups = {leaf.group for leaf in leaves.values()}
     for group, inner in content.items():
+        if group not in groups:
+            raise UserError(f"config: there is no group {group!r}")
         if not isinstance(inner, dict):
             raise UserError(f"config: {group} must be a group of fields, not {inner!r}")
         for name, value in inner.items():

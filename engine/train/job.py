@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,8 @@ def take_switches(argv: Sequence[str]) -> tuple[Switches, list[str]]:
             found[word[2:].replace("-", "_")] = True
         elif word.split("=")[0] == "--world-size":
             text = word.partition("=")[2] or (words.pop(0) if words else "")
-            if not text.isdigit() or int(text) < 1:
-                raise UserError(f"--world-size {text!r} is not a number of processes")
+            if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < 1:
+                raise UserError(f"--world-size {text[:40]!r} is not a number of processes (1 to 999999)")
             found["world_size"] = int(text)
         else:
             rest.append(word)
@@ -126,7 +127,9 @@ def _base_model(values: Values, weights: Resolved | None, resume: Path | None) -
         return from_dict(open_checkpoint(resume).config).model
     if weights is None:
         return None
-    return read_config(weights.folder) if weights.kind == "hf" else from_dict(open_checkpoint(weights.folder).config).model
+    if weights.kind == "hf":
+        return read_config(weights.folder)
+    return from_dict(open_checkpoint(weights.folder).config).model
 
 
 def _same_model(model: ModelConfig, base: ModelConfig, source: Resolved) -> None:
@@ -135,8 +138,8 @@ def _same_model(model: ModelConfig, base: ModelConfig, source: Resolved) -> None
     differ = [name for name, value in vars(base).items() if name not in ignored and getattr(model, name) != value]
     if differ:
         name = differ[0]
-        raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)} contradicts {source.folder}, whose model has "
-                        f"{getattr(base, name)}; leave the flag out")
+        raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)} contradicts {source.folder}, whose model "
+                        f"has {getattr(base, name)}; leave the flag out")
 
 
 def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) -> Tokenizer | None:

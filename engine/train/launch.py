@@ -47,7 +47,7 @@ def place_from_environment() -> Place:
     numbers = {}
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
         text = os.environ.get(name, str(default))
-        if not text.isdigit():
+        if not text.isdecimal():
             raise UserError(f"{name}={text!r} in the environment is not a whole number; start with torchrun")
         numbers[name] = int(text)
     place = Place(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"])
@@ -121,7 +121,7 @@ def connect(place: Place, timeout: float, *, open_store: bool = True) -> dist.St
     taken port."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     text = os.environ.get("MASTER_PORT", "29500")
-    if not text.isdigit() or not 0 < int(text) < 1 << 16:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
         raise UserError(f"MASTER_PORT={text!r} in the environment is not a port (1 to 65535)")
     port = int(text)
     serves = open_store and place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
