@@ -26,7 +26,7 @@ class _SwiGLU(torch.autograd.Function):
         both = torch.empty_like(gate_up)
         grad_gate, grad_up = both.chunk(2, dim=-1)
         torch.mul(F.silu(gate), grad, out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return both
 
 

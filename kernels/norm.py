@@ -31,14 +31,14 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
         x, weight, rstd = ctx.saved_tensors
         width = x.shape[-1]
-        g = grad.to(rstd.dtype)
+        rows = x.to(rstd.dtype).reshape(-1, width)
+        g, r = grad.to(rstd.dtype).reshape(-1, width), rstd.reshape(-1, 1)
         w = weight.to(rstd.dtype)
-        xhat = x.to(rstd.dtype) * rstd
-        product = g * xhat
-        grad_weight = product.reshape(-1, width).sum(0).to(weight.dtype)
-        mean = (product @ w).unsqueeze(-1).div_(width)
-        grad_x = (g * w).sub_(xhat.mul_(mean)).mul_(rstd)
-        return grad_x.to(x.dtype), grad_weight, None
+        product = g * rows  # two matrix-vector products of it give both sums: few passes over memory
+        grad_weight = (product.t() @ r).squeeze(-1)
+        mean = (product @ w).unsqueeze(-1).mul_(r.pow(3)).div_(width)  # [rows, 1]
+        grad_x = torch.mul(g, w, out=product).mul_(r).addcmul_(rows, mean, value=-1)
+        return grad_x.view_as(x).to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from engine.kernels.attention import attention
-from engine.kernels.rope import rope_
+from engine.kernels.rope import rope_split
 from engine.model.cache import LayerCache
 from engine.model.parts import Parts, RMSNorm
 from engine.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -39,13 +39,13 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         batch, seq, _ = qkv.shape
         qkv = qkv.view(batch, seq, -1, self.head_dim)  # [batch, seq, (heads + 2 kv_heads) / tp, head_dim]
-        turned = self.heads + self.kv_heads
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
             qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2)
         if rope is not None:
-            qkv = rope_(qkv, *rope, turned)
-        q, k, v = qkv.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            q, k, v = rope_split(qkv, *rope, self.heads, self.kv_heads)  # [batch, heads/tp, seq, head_dim]
+        else:
+            q, k, v = qkv.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
         y = attention(q, k, v, implementation=self.implementation)  # [batch, heads/tp, seq, head_dim]
