@@ -27,7 +27,7 @@ Stepper = Callable[[], None]
 
 @dataclass
 class Contender:
-    """One side of a comparison: `build(rank, world, **options)` gives its step; its processes live for the whole run."""
+    """One side of a comparison: `build(rank, world, **options)` gives its step; its processes live on."""
 
     name: str
     build: Callable[..., Stepper]
@@ -102,8 +102,8 @@ def machine() -> dict[str, Any]:
 
     model = ""
     if Path("/proc/cpuinfo").exists():
-        text = Path("/proc/cpuinfo").read_text()
-        model = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
             "torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

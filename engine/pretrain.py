@@ -29,8 +29,8 @@ def check_data(config: RunConfig) -> None:
         raise UserError("--data is needed: the prefix of a dataset that tools/preprocess_data.py has written; "
                         "`make demo` makes one to try")
     if ":" not in data and not Path(f"{data}.idx").exists():
-        raise UserError(f"no dataset at {data}.idx; tools/preprocess_data.py writes one from text, and `make demo` makes "
-                        "the demo corpus")
+        raise UserError(f"no dataset at {data}.idx; tools/preprocess_data.py writes one from text, and `make demo` "
+                        "makes the demo corpus")
     _open(config, "train")
     _open(config, "valid")
 
@@ -47,8 +47,9 @@ def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
         rows = held.rows(0, min(config.save.eval_samples, held.epoch_size))
         valid = Batch(rows[:, :-1], rows[:, 1:])
     epochs = config.batch.steps * config.batch.global_batch / samples.epoch_size
+    kept = f"held back: {held.tokens:,} tokens" if held else "nothing held back"
     summary = (f"data: {samples.tokens:,} tokens, {samples.epoch_size:,} samples an epoch, {epochs:.2f} epochs in "
-               f"{config.batch.steps} steps; " + (f"held back: {held.tokens:,} tokens" if held else "nothing held back"))
+               f"{config.batch.steps} steps; {kept}")
     return Feed(batches, valid, summary)
 
 

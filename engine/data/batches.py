@@ -1,4 +1,4 @@
-"""What one data-parallel rank reads in a step: all its micro-batches, tokens and labels. No broadcast, no hand-shake."""
+"""What one dp rank reads in a step: all its micro-batches, tokens and labels. No broadcast, no hand-shake."""
 
 from __future__ import annotations
 

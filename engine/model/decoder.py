@@ -98,7 +98,8 @@ class Decoder(nn.Module):
             tp=parts.tp, tied=parts.config.tied and not alone, uses=2 if parts.config.tied and alone else 1,
             primary=primary, dtype=parts.dtype, device=parts.device)
 
-    def forward(self, x: torch.Tensor, *, position: int = 0, caches: Sequence[LayerCache] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, position: int = 0,
+                caches: Sequence[LayerCache] | None = None) -> torch.Tensor:
         if self.embedding is not None:
             seq = x.shape[1]
             x = self.embedding(x, position)

@@ -16,7 +16,8 @@ def accumulate_product(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor
     if main.dtype == grad.dtype:
         # beta 0 on the step's first gradient: what the bucket held before is overwritten, so it is never zeroed.
         torch.addmm(main, grad.t(), x, beta=0 if weight.grad_empty else 1, out=main)  # type: ignore[attr-defined]
-        return _done(weight)
+        _done(weight)
+        return None
     return accumulate(weight, grad.t() @ x)
 
 
@@ -29,7 +30,8 @@ def accumulate(parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | No
         main.copy_(grad)
     else:
         main.add_(grad)
-    return _done(parameter)
+    _done(parameter)
+    return None
 
 
 def _done(parameter: torch.Tensor) -> None:

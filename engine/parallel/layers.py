@@ -1,4 +1,4 @@
-"""Layers whose weights are split over the tensor axis: column-, row- and vocabulary-parallel (arXiv:1909.08053, sec. 3).
+"""Layers whose weights are split over the tensor axis: column-, row- and vocabulary-parallel (arXiv:1909.08053, 3).
 
 The linear layers are autograd functions of ours for three reasons: weight gradients are added straight into the fp32
 bucket (`main_grad`) without a tensor in between; the collective of the input's gradient runs while the weight's

@@ -69,7 +69,7 @@ def shard_of(parameter: torch.Tensor) -> Shard:
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a logical tensor and the local rows that hold it: local[rows[0]:rows[1]] == logical[start, extent]."""
+    """A rectangle [start, start + extent) of a logical tensor, and the local rows [low, high) that hold it."""
 
     member: Member
     rows: Span
