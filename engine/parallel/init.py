@@ -1,8 +1,8 @@
 """Initial weights as a pure function of (seed, logical name, position): every layout starts from the same bits.
 
 Element i of a logical tensor is normal number i of a stream: Philox-4x64 (Salmon et al., SC 2011), keyed by the seed
-and a hash of the name, its counter i // 4; lanes 2j and 2j + 1 make two normals by Box and Muller (1958) in float64 on the
-CPU, rounded once to the parameter's dtype. Padding rows are zero.
+and a hash of the name, its counter i // 4; lanes 2j and 2j + 1 make two normals by Box and Muller (1958) in float64 on
+the CPU, rounded once to the parameter's dtype. Padding rows are zero.
 """
 
 from __future__ import annotations

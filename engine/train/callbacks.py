@@ -98,7 +98,7 @@ def metrics_line(record: StepRecord) -> dict[str, Any]:
 
 
 class CollectGarbage:
-    """Owns the garbage collector: Python would start it on each rank at another moment, and all wait for the slowest."""
+    """Owns the garbage collector: Python starts it on each rank at another moment, and all wait for the slowest."""
 
     def __init__(self, every: int = 50) -> None:
         self.every = every

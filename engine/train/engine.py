@@ -133,4 +133,4 @@ class Engine:
 
 def crc_of(batch: Batch) -> int:
     """A sum of checksums of the batch's sequences: the same for every layout that reads the same samples."""
-    return sum(zlib.crc32(np.ascontiguousarray(row)) for row in batch.tokens)
+    return sum([zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in batch.tokens])

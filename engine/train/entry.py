@@ -21,7 +21,7 @@ def enter(module: str, argv: Sequence[str], recipe: Sequence[str], defaults: Map
         switches, flags = take_switches([*recipe, *argv])
         if switches.help:
             print(f"torchrun [--nproc-per-node N] -m {module} [options]\n"
-                  "  --dry-run [--world-size N]  check every rule and print layout, parameters and memory, then stop\n\n"
+                  "  --dry-run [--world-size N]  check every rule and print layout and memory, then stop\n\n"
                   f"{describe()}")
             return 0
         switches, flags = take_switches(argv)

@@ -59,7 +59,7 @@ def place_from_environment() -> Place:
 def run_rank(body: Callable[[], int]) -> int:
     """Runs one rank's work and turns each kind of end into an exit code and a message."""
     try:
-        return record(body)()  # type: ignore[no-any-return]
+        return int(record(body)() or 0)
     except UserError as error:
         return _say_once(f"error: {error}", BAD_INPUT)
     except Diverged as error:

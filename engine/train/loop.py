@@ -15,7 +15,7 @@ from engine.train.launch import Diverged
 
 
 class StopRequest:
-    """SIGTERM and SIGINT set a flag; ranks agree on it at the step's end, save, and exit. A second SIGINT ends at once."""
+    """SIGTERM and SIGINT set a flag; ranks agree on it at a step's end, save and exit. A second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -47,8 +47,8 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
                 ahead = reader.submit(batches.step, engine.step + 1)
             result = engine.train_step(batch, stop.asked)
             if not result.finite:
-                raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight has "
-                               "moved in this step. Lower --lr, lengthen --warmup, or look at the data of this step")
+                raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight "
+                               "has moved. Lower --lr, lengthen --warmup, or look at the data of this step")
             record = _record(engine, result, batch.tokens.shape[1], time.perf_counter() - start, waited, mfu)
             last = result.stop or engine.step == final
             for callback in callbacks:

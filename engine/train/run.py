@@ -99,7 +99,8 @@ def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
 def _watch(job: Job, place: Place, mesh: Mesh) -> Watchdog | None:
     if place.world == 1:
         return None
-    watchdog = Watchdog(connect(place, job.config.runtime.timeout, open_store=False), place.rank, place.world, str(mesh))
+    store = connect(place, job.config.runtime.timeout, open_store=False)
+    watchdog = Watchdog(store, place.rank, place.world, str(mesh))
     watchdog.watch()
     return watchdog
 
