@@ -75,12 +75,13 @@ def take_switches(argv: Sequence[str]) -> tuple[Switches, list[str]]:
 
 def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, Any], place: Place,
             switches: Switches, check_data: Callable[[RunConfig], None]) -> Job:
-    """The job of `argv`, over the flags of a recipe, over an entry point's defaults. Raises UserError for anything
-    that is wrong; `check_data` looks at the data once the rest is known to be sound."""
+    """The job of `argv`, over the flags of a recipe, over an entry point's defaults. Raises UserError for anything that
+    is wrong; `check_data` looks at the data once the rest is known to be sound. Memory comes before tokenizer and data:
+    whoever tries the 7B recipe on a laptop learns first that it does not fit."""
     given = {**parse_values(recipe), **parse_values(argv)}
     values, weights, resume = _sources({**defaults, **given})
     base = _base_model(values, weights, resume)
-    tokenizer = _tokenizer(values, weights, resume)
+    tokenizer, missing = _try_tokenizer(values, weights, resume)
     notes = _vocabulary(values, base, tokenizer)
     config = build(values, base)
     world = switches.world_size or place.world
@@ -90,18 +91,35 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     _check_folder(config, resume)
     if switches.check and config.save.out:
         check_lock(Path(config.save.out))
-    device = torch.device("cpu") if switches.dry_run else choose_device(config.runtime.device, place.local_rank)
-    name = config.runtime.dtype
-    dtype = DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = _device_and_dtype(config, place, switches)
     plan = estimate(config, layout, dtype)
     if not switches.dry_run:
-        local = min(world, place.local_world if switches.world_size is None else world)
-        what = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
-        if device.type == "cpu" and local > 1:
-            what += f", shared by {local} processes,"
-        require_memory(plan, available_memory(device, local), what)
+        _require_memory(plan, device, world if switches.world_size else place.local_world)
+        if missing is not None:
+            raise missing
         check_data(config)
     return Job(config, layout, device, dtype, tokenizer, plan, weights, resume, notes)
+
+
+def _device_and_dtype(config: RunConfig, place: Place, switches: Switches) -> tuple[torch.device, torch.dtype]:
+    """Where and in what the run computes. A dry run needs no device: `auto` then plans for CUDA."""
+    runtime = config.runtime
+    if switches.dry_run:
+        device = torch.device("cpu" if runtime.device == "cpu" else "cuda")
+    else:
+        device = choose_device(runtime.device, place.local_rank)
+    if runtime.dtype != "auto":
+        return device, DTYPES[runtime.dtype]
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _require_memory(plan: Plan, device: torch.device, local: int) -> None:
+    """Raises UserError unless this machine's `local` ranks have the memory the plan needs."""
+    if device.type == "cuda":
+        what = f"each GPU ({torch.cuda.get_device_name(device)})"
+    else:
+        what = f"this machine, shared by {local} processes," if local > 1 else "this machine"
+    require_memory(plan, available_memory(device, local), what)
 
 
 def _sources(given: Values) -> tuple[Values, Resolved | None, Path | None]:
@@ -142,6 +160,15 @@ def _same_model(model: ModelConfig, base: ModelConfig, source: Resolved) -> None
                         f"has {getattr(base, name)}; leave the flag out")
 
 
+def _try_tokenizer(values: Values, weights: Resolved | None,
+                   resume: Path | None) -> tuple[Tokenizer | None, UserError | None]:
+    """The tokenizer, or what is wrong with it: a plan needs none, so the complaint waits until memory is known."""
+    try:
+        return _tokenizer(values, weights, resume), None
+    except UserError as error:
+        return None, error
+
+
 def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) -> Tokenizer | None:
     """The tokenizer of --tokenizer, else the one saved with the checkpoint; a resumed run keeps the one it had."""
     folder = resume / "hf" if resume else None
@@ -152,7 +179,11 @@ def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) ->
         return saved
     if resume is not None and saved is not None and not Path(str(values["tokenizer"])).exists():
         return saved  # the saved copy stands in for a folder that has moved
-    asked = load_tokenizer(str(values["tokenizer"]))
+    path = str(values["tokenizer"])
+    if not Path(path).exists():
+        raise UserError(f"no tokenizer at {path}; tools/train_tokenizer.py trains one, and `make demo` makes the demo's "
+                        "tokenizer and corpus")
+    asked = load_tokenizer(path)
     if saved is not None and asked.hash != saved.hash:
         raise UserError(f"--tokenizer {values['tokenizer']} is not the one that {folder} was trained with (sha256 "
                         f"{asked.hash[:12]} and {saved.hash[:12]}); leave the flag out")
