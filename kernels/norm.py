@@ -47,5 +47,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., width], weight and bias [width] -> [..., width]."""
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    """x [..., width], weight and bias [width] -> [..., width].
+
+    On a CPU torch sums the gradients of weight and bias in the dtype they have: over 4,096 rows of bf16 half of a bias'
+    gradient is lost. There all is computed in fp32.
+    """
+    if x.device.type != "cpu":
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    kind = wide(x.dtype)
+    return F.layer_norm(x.to(kind), (x.shape[-1],), weight.to(kind), bias.to(kind), eps).to(x.dtype)
