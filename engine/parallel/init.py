@@ -8,7 +8,8 @@ the CPU, rounded once to the parameter's dtype. Padding rows are zero.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from engine.parallel.sharding import Member, shard_of
 
 LANES = 4
 """Numbers Philox-4x64 makes from one value of its counter."""
-CHUNK = 1 << 20
-"""Elements made at a time; bounds the float64 memory, a multiple of LANES."""
+CHUNK = 1 << 15
+"""Elements made at a time by one thread: it bounds the float64 memory, and is too small for torch to start threads."""
 
 
 def normals(seed: int, name: str, low: int, high: int) -> np.ndarray:
@@ -36,27 +37,34 @@ def normals(seed: int, name: str, low: int, high: int) -> np.ndarray:
     return both[low - first * LANES : high - first * LANES]
 
 
-def _rectangle(seed: int, member: Member) -> Iterable[tuple[slice, np.ndarray]]:
-    """Local row ranges of a member with their values, a bounded number of elements at a time."""
+def _row_ranges(member: Member) -> Iterator[tuple[int, int]]:
+    """Ranges of a member's rows, about CHUNK elements each; single rows where it holds a part of the columns."""
     width = member.shape[1] if len(member.shape) > 1 else 1
-    column = member.start[1] if len(member.shape) > 1 else 0
-    columns = member.extent[1] if len(member.shape) > 1 else 1
-    rows = 1 if columns < width else max(1, CHUNK // width)
-    for row in range(0, member.extent[0], rows):
-        count = min(rows, member.extent[0] - row)
-        low = (member.start[0] + row) * width + column
-        values = normals(seed, member.name, low, low + (count - 1) * width + columns)
-        yield slice(member.row + row, member.row + row + count), values.reshape(count, columns)
+    rows = max(1, CHUNK // width) if member.extent[1:] == member.shape[1:] else 1
+    for low in range(0, member.extent[0], rows):
+        yield low, min(low + rows, member.extent[0])
+
+
+def _fill(parameter: torch.Tensor, seed: int, std: float, member: Member, rows: tuple[int, int]) -> None:
+    """Writes the values of a range of a member's rows into the local parameter."""
+    width = member.shape[1] if len(member.shape) > 1 else 1
+    column, columns = (member.start[1], member.extent[1]) if len(member.shape) > 1 else (0, 1)
+    first = (member.start[0] + rows[0]) * width + column
+    values = normals(seed, member.name, first, first + (rows[1] - rows[0] - 1) * width + columns) * std
+    target = parameter[member.row + rows[0] : member.row + rows[1]]
+    target.copy_(torch.from_numpy(values).view_as(target))
 
 
 def initialize(parameter: torch.Tensor, seed: int) -> None:
-    """Fills a parameter from its shard's description."""
+    """Fills a parameter from its shard's description, on as many threads as torch uses."""
     shard = shard_of(parameter)
-    with torch.no_grad():
-        if shard.fill is not None:
-            parameter.fill_(shard.fill)
-            return
-        parameter.zero_()
+    parameter = parameter.detach()
+    if shard.fill is not None:
+        parameter.fill_(shard.fill)
+        return
+    parameter.zero_()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for member in shard.members:
-            for rows, values in _rectangle(seed, member):
-                parameter[rows].copy_(torch.from_numpy(values * shard.std).view_as(parameter[rows]))
+            jobs = (pool.submit(_fill, parameter, seed, shard.std, member, rows) for rows in _row_ranges(member))
+            for job in list(jobs):
+                job.result()

@@ -144,8 +144,11 @@ def start_group(place: Place, device: torch.device, timeout: float, store: dist.
         torch.cuda.set_device(device)
     elif "GLOO_SOCKET_IFNAME" not in os.environ and _loopback():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: nothing listens on the network
+    # With device_id NCCL connects every group when it is made: connecting at the first message would make a receive
+    # that is posted early block until its peer sends, and two stages could wait for each other.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank,
-                            world_size=place.world, timeout=timedelta(seconds=timeout))
+                            world_size=place.world, timeout=timedelta(seconds=timeout),
+                            device_id=device if device.type == "cuda" else None)
 
 
 def _loopback() -> bool:
