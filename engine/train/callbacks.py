@@ -147,7 +147,7 @@ class Console:
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
         if self.bar is not None:
-            self.bar.console.print(line, highlight=False, markup=False)
+            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
             print(line, flush=True)
 
