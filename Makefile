@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint bench gpu clean
+.PHONY: help env demo test test-fast lint docs bench gpu clean
 
 TORCH := torch==2.13.0
 PY := .venv/bin/python
@@ -29,6 +29,9 @@ lint: $(STAMP)  ## ruff, mypy, and the shell of the examples
 	@if compgen -G 'kernels/*.py' > /dev/null; then $(PY) -m mypy kernels; fi
 	@for f in examples/*.sh .ci/run; do bash -n "$$f"; done
 	@if command -v shellcheck > /dev/null; then shellcheck .ci/run examples/*.sh; else echo "shellcheck is not here: shell checked by bash -n only"; fi
+
+docs: $(STAMP)  ## write the generated regions of README.md and docs/
+	@$(PY) docs/generate.py
 
 bench: $(STAMP)  ## every benchmark; results as JSON beside them
 	@for f in benchmarks/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(PY) "$$f"; done

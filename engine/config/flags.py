@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +208,14 @@ def to_yaml(config: RunConfig) -> str:
 def describe() -> str:
     """Every flag with its type, default and help text, grouped as in the schema."""
     lines = ["options (--config FILE.yaml is read first, later flags win):"]
+    defaults = build({})  # not the fields' own: the model's come from its preset
     for group in fields(RunConfig):
         kind = typing.get_type_hints(RunConfig)[group.name]
         lines.append(f"\n{group.name}: {inspect.cleandoc(kind.__doc__ or '').splitlines()[0]}")
         help_of = _field_docs(kind)
         for item in fields(kind):
-            default = "" if item.default is MISSING or item.default in ("", None) else f" [{item.default}]"
+            value = getattr(getattr(defaults, group.name), item.name)
+            default = "" if value in ("", None) else f" [{value}]"
             lines.append(f"  --{item.name.replace('_', '-'):<19} {help_of.get(item.name, '')}{default}")
     return "\n".join(lines)
 

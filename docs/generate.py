@@ -1,0 +1,110 @@
+"""Writes the generated regions of the pages beside it: `make docs`, or `python docs/generate.py [--check]`.
+
+A region stands between `<!-- generated: WHAT -->` and `<!-- end -->`; WHAT names one of MAKERS and its arguments. So
+nothing that the code knows is written down twice; tests/docs/test_pages.py checks that no page lags behind.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from engine.config import PRESETS, Layout, check, describe, parse, resolve_model  # noqa: E402
+from engine.errors import UserError  # noqa: E402
+from engine.mesh import place  # noqa: E402
+from engine.parallel.schedule import build_schedule  # noqa: E402
+from engine.parallel.simulator import simulate  # noqa: E402
+from engine.plan import parameters  # noqa: E402
+from engine.plan.units import count_text  # noqa: E402
+
+REGION = re.compile(r"(<!-- generated: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def options() -> str:
+    """Every flag with its help and default."""
+    return fenced(describe())
+
+
+def presets() -> str:
+    """The models that --model names."""
+    rows = ["| `--model` | family | layers | hidden | ffn-hidden | heads | kv-heads | vocab-size | parameters |",
+            "|---|---|---|---|---|---|---|---|---|"]
+    for name in PRESETS:
+        m = resolve_model({"model": name})
+        rows.append(f"| `{name}` | {m.family} | {m.layers} | {m.hidden} | {m.ffn_hidden} | {m.heads} | {m.kv_heads} | "
+                    f"{m.vocab_size} | {count_text(parameters(m))} |")
+    return "\n".join(rows)
+
+
+def gantt(name: str, stages: str, virtual: str, micros: str) -> str:
+    """A schedule as the simulator draws it, a backward taking twice a forward's time."""
+    return fenced(str(simulate(build_schedule(name, int(stages), int(virtual), int(micros)))))
+
+
+def grid(pp: str, dp: str, tp: str) -> str:
+    """Where each rank of a layout stands."""
+    layout = Layout(pp=int(pp), dp=int(dp), tp=int(tp))
+    return fenced("\n".join(
+        f"rank {rank}: " + " ".join(f"{axis}{at}" for axis, at in place(layout, rank).items() if axis != "cp")
+        for rank in range(layout.world)))
+
+
+def source(path: str, first: str, last: str, language: str = "") -> str:
+    """The lines of a file from one that starts with `first` to the next that starts with `last`."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    low = next(i for i, line in enumerate(lines) if line.startswith(first))
+    high = next(i for i, line in enumerate(lines) if i >= low and line.startswith(last))
+    return fenced("\n".join(lines[low : high + 1]), language or "text")
+
+
+def error(world: str, *flags: str) -> str:
+    """What a run with these flags is told."""
+    try:
+        check(parse(flags), int(world))
+    except UserError as found:
+        return fenced(f"error: {found}")
+    raise SystemExit(f"{' '.join(flags)} on {world} processes is no error")
+
+
+MAKERS: Mapping[str, Callable[..., str]] = MappingProxyType(
+    {"options": options, "presets": presets, "gantt": gantt, "grid": grid, "source": source, "error": error})
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """`text` as a block of code."""
+    return f"```{language}\n{text}\n```"
+
+
+def fill(page: str) -> str:
+    """The page with its regions made anew."""
+    def made(match: re.Match[str]) -> str:
+        name, *arguments = shlex.split(match[2])
+        return f"{match[1]}{MAKERS[name](*arguments)}\n{match[4]}"
+
+    return REGION.sub(made, page)
+
+
+def pages() -> list[Path]:
+    """What may hold regions."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main(argv: list[str]) -> int:
+    """Writes what has changed, or with --check only names it; 1 when --check finds a page that lags behind."""
+    stale = [page for page in pages() if fill(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} {'lags behind: make docs' if '--check' in argv else 'written'}")
+        if "--check" not in argv:
+            page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return int(bool(stale) and "--check" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
