@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch.distributed as dist
 
 from engine.config import Layout
+from engine.parallel.comm import Comm, TorchComm
+from engine.parallel.shared import share
 
 AXES = ("pp", "dp", "cp", "tp")
 
@@ -21,17 +24,19 @@ def rank_grid(layout: Layout) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's place in the grid and the process groups that run through it.
+    """One rank's place in the grid and the groups that run through it.
 
-    `groups[axis]` is None where the axis has size 1 (its collectives are then the identity). Besides the axes there
-    are `edge` (first and last stage, for a tied embedding), `kv:N` (the tp ranks that hold the same of N kv heads)
-    and `ahead`/`back` (a pair of groups for each neighbouring stage, one a direction).
+    A group is None where it would hold one rank (its collectives are then the identity). Besides the axes there are
+    `world`, `edge` (first and last stage, for a tied embedding), `kv` (the tp ranks that hold the same kv heads) and
+    `model` (the ranks of one copy of the model). `channels` carry messages between neighbouring stages: `ahead:A>B`
+    and `back:A>B` for ranks A and B.
     """
 
     layout: Layout
     rank: int
     coords: Mapping[str, int]
-    groups: Mapping[str, dist.ProcessGroup | None] = field(default_factory=dict)
+    groups: Mapping[str, Comm] = field(default_factory=dict)
+    channels: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
 
     def __getattr__(self, axis: str) -> int:
         """This rank's coordinate on an axis: `mesh.tp`, `mesh.pp`."""
@@ -39,7 +44,7 @@ class Mesh:
             return self.coords[axis]
         raise AttributeError(axis)
 
-    def group(self, name: str) -> dist.ProcessGroup | None:
+    def group(self, name: str) -> Comm | None:
         """The group of this rank along an axis (or a named slice); None when it would hold one rank."""
         return self.groups.get(name)
 
@@ -51,6 +56,16 @@ class Mesh:
         """The global rank that stands where this one does but for the named coordinates: `mesh.peer(pp=0)`."""
         place = {**self.coords, **coords}
         return int(rank_grid(self.layout)[tuple(place[axis] for axis in AXES)])
+
+    @property
+    def transport(self) -> str:
+        """What carries the collectives: "shared memory", or "shared memory (tp, kv), gloo (dp, world)"."""
+        names: dict[str, list[str]] = {}
+        for name, group in self.groups.items():
+            names.setdefault(group.via, []).append(name)
+        if len(names) == 1:
+            return next(iter(names))
+        return ", ".join(f"{via} ({', '.join(carried)})" for via, carried in names.items())
 
     def __str__(self) -> str:
         here = " ".join(f"{a}{self.coords[a]}" for a in AXES if self.size(a) > 1) or "alone"
@@ -76,6 +91,7 @@ def slices(layout: Layout, kv_heads: int) -> dict[str, list[list[int]]]:
     replicas = max(1, layout.tp // kv_heads)
     found["kv"] = grid.reshape(-1, replicas).tolist()
     found["model"] = np.moveaxis(grid, 1, 0).reshape(layout.dp, -1).tolist()
+    found["world"] = [grid.reshape(-1).tolist()]
     return {name: [ranks for ranks in lists if len(ranks) > 1] for name, lists in found.items()}
 
 
@@ -87,27 +103,32 @@ def neighbours(layout: Layout) -> list[list[int]]:
     return [[int(column[s]), int(column[(s + 1) % layout.pp])] for column in columns for s in range(layout.pp)]
 
 
-def build_mesh(layout: Layout, rank: int, kv_heads: int, timeout: timedelta) -> Mesh:
-    """The mesh of this rank; every rank creates all groups in the same order, as torch.distributed asks."""
+def build_mesh(layout: Layout, rank: int, kv_heads: int, timeout: timedelta, *, shared: bool = True) -> Mesh:
+    """The mesh of this rank. Where ranks of one machine compute on CPUs, groups of them go through shared memory unless
+    `shared` is False; all others are groups of torch.distributed, which every rank creates in the same order."""
     coords = place(layout, rank)
-    groups: dict[str, dist.ProcessGroup | None] = {}
-    if layout.world > 1:
-        for name, lists in slices(layout, kv_heads).items():
-            groups[name] = _mine(lists, rank, timeout)
-        # One group a direction: a send ahead and a send back between two stages then never wait for each other.
-        for pair in neighbours(layout):
-            for direction in ("ahead", "back"):
-                group = dist.new_group(pair, timeout=timeout)
-                if rank in pair:
-                    groups[f"{direction}:{pair[0]}>{pair[1]}"] = group
-    return Mesh(layout, rank, coords, groups)
+    if layout.world == 1:
+        return Mesh(layout, rank, coords)
+    named = slices(layout, kv_heads)
+    hosts = list(range(layout.world))
+    groups: dict[str, Comm] = {}
+    if shared and sys.platform == "linux" and dist.get_backend() == "gloo":
+        hosts, groups = share(named, rank, layout.world, timeout.total_seconds())
+    for name, lists in named.items():
+        for ranks in lists:
+            if len({hosts[r] for r in ranks}) > 1:
+                group = dist.group.WORLD if name == "world" else dist.new_group(ranks, timeout=timeout)
+                if rank in ranks:
+                    groups[name] = TorchComm(ranks, rank, group)
+    return Mesh(layout, rank, coords, groups, _channels(layout, rank, timeout))
 
 
-def _mine(lists: Sequence[Sequence[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
-    """Creates every group of the lists and keeps the one that holds this rank."""
-    kept = None
-    for ranks in lists:
-        group = dist.new_group(list(ranks), timeout=timeout)
-        if rank in ranks:
-            kept = group
-    return kept
+def _channels(layout: Layout, rank: int, timeout: timedelta) -> dict[str, dist.ProcessGroup]:
+    """One process group a direction: a send ahead and a send back between two stages then never wait for each other."""
+    channels = {}
+    for pair in neighbours(layout):
+        for direction in ("ahead", "back"):
+            group = dist.new_group(pair, timeout=timeout)
+            if rank in pair:
+                channels[f"{direction}:{pair[0]}>{pair[1]}"] = group
+    return channels

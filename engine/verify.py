@@ -182,8 +182,9 @@ def _window(entry: Entry) -> tuple[slice, ...]:
 
 
 def _sum(x: torch.Tensor, mesh: Mesh) -> None:
-    if mesh.layout.world > 1:
-        dist.all_reduce(x)
+    world = mesh.group("world")
+    if world is not None:
+        world.all_reduce_(x)
 
 
 def gradient_errors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -7,10 +7,9 @@ forward pass in the memory of the logits, so that they exist once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from engine.kernels.norm import wide
 
@@ -18,17 +17,25 @@ IGNORE = -100
 """Label of a token that is not supervised."""
 
 
+class Reducer(Protocol):
+    """The ranks that hold the other columns."""
+
+    def all_reduce_(self, x: torch.Tensor, op: str = "sum") -> None:
+        """Puts the sum (or "max") over the ranks into x."""
+        ...
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, vocab: int,
-                group: dist.ProcessGroup | None) -> torch.Tensor:
+                group: Reducer | None) -> torch.Tensor:
         work = logits.to(wide(logits.dtype))  # the logits themselves where they are wide already
         columns = work.shape[-1]
         if first + columns > vocab:
             work[:, max(0, vocab - first):] = float("-inf")  # padded rows of the head
         top = work.amax(-1, keepdim=True)
         if group is not None:
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+            group.all_reduce_(top, "max")
         work.sub_(top)
         local = labels - first
         here = (local >= 0) & (local < columns)
@@ -37,7 +44,7 @@ class _CrossEntropy(torch.autograd.Function):
         work.exp_()
         sums = torch.stack([work.sum(-1), label_logit])  # [2, tokens]
         if group is not None:
-            dist.all_reduce(sums, group=group)
+            group.all_reduce_(sums)
         supervised = labels != IGNORE
         loss = (sums[0].log() - sums[1]).masked_fill(~supervised, 0)
         if ctx.needs_input_grad[0]:
@@ -53,7 +60,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, first: int = 0, vocab: int,
-                  group: dist.ProcessGroup | None = None) -> torch.Tensor:
+                  group: Reducer | None = None) -> torch.Tensor:
     """Loss of each token, 0 where the label is IGNORE. The logits' memory is used up.
 
     logits [tokens, columns] are the vocabulary's columns [first, first + columns); those past `vocab` are padding.

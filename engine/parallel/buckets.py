@@ -1,8 +1,8 @@
 """Contiguous parameters and fp32 gradients, so that data parallelism moves few large messages and shards whole rows.
 
 A bucket holds parameters of one row width (a row is one index of dim 0; in a 1-D parameter, one element). Its length is
-padded, at its end only, to a multiple of dp rows: each dp rank's equal part is whole rows, and every parameter stays one
-contiguous view. A tied embedding has a bucket of its own, alike on both stages.
+padded, at its end only, to a multiple of dp rows: each dp rank's equal part is whole rows, and every parameter stays
+one contiguous view. A tied embedding has a bucket of its own, alike on both stages.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from engine.kernels.norm import wide
-from engine.parallel.collectives import Group, all_gather_flat, reduce_scatter_flat
+from engine.parallel.collectives import Group
+from engine.parallel.comm import Pending
 from engine.parallel.gradients import collect
 from engine.parallel.sharding import Piece, pieces, shard_of
 
@@ -50,7 +50,7 @@ class Bucket:
     dp_rank: int
     dp_size: int
     waiting: int = 0
-    work: dist.Work | None = None
+    pending: Pending | None = None
     shard_grads: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,12 +78,12 @@ class Bucket:
             if slot.parameter.grad_empty:  # type: ignore[attr-defined]
                 slot.parameter.main_grad.zero_()  # type: ignore[attr-defined]
         if self.dp is not None:
-            self.work = reduce_scatter_flat(self.shard_grads, self.grads, group=self.dp, async_op=True)
+            self.pending = self.dp.start_reduce_scatter(self.shard_grads, self.grads)
 
     def gather(self) -> None:
         """Gives every dp rank the others' updated rows."""
         if self.dp is not None:
-            all_gather_flat(self.data, self.shard_data.clone(), group=self.dp)
+            self.dp.start_all_gather(self.data, self.shard_data.clone()).wait()
 
     def shard_pieces(self) -> Iterator[tuple[Piece, slice]]:
         """The logical pieces in this dp rank's rows, with where they stand in the flat shard."""
@@ -133,7 +133,7 @@ class GradientBuckets:
         """Forgets the last step's gradients; the first new one overwrites them."""
         self.armed = False
         for bucket in self.buckets:
-            bucket.work = None
+            bucket.pending = None
             for slot in bucket.slots:
                 slot.parameter.grad_empty = True  # type: ignore[attr-defined]
 
@@ -156,8 +156,8 @@ class GradientBuckets:
             if bucket.waiting or not self.armed:
                 bucket.reduce()
         for bucket in self.buckets:
-            if bucket.work is not None:
-                bucket.work.wait()
+            if bucket.pending is not None:
+                bucket.pending.wait()
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def _width(parameter: torch.Tensor) -> int:
 
 
 def _group(parameters: Iterable[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """Parameters by row width (matrices apart from vectors, tied ones by themselves), last layers first, cut at `limit`.
+    """Parameters by row width (matrices apart from vectors, tied ones by themselves), last layers first, cut at
+    `limit`.
 
     The last layers' gradients are complete first, so their buckets travel while the rest is computed.
     """

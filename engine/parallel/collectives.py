@@ -16,13 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-Group = dist.ProcessGroup | None
+from engine.parallel.comm import Comm, Pending
 
-# torch 2.13 renamed these two and warns about the old names; 2.11 knows the old names alone.
-all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+Group = Comm | None
 
 
 @dataclass(frozen=True)
@@ -41,46 +38,49 @@ class TensorParallel:
 
 def all_gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """[batch, seq/tp, hidden] -> [batch, seq, hidden], no gradient."""
+    assert tp.group is not None
     batch, part, hidden = x.shape
     parts = x.new_empty(tp.size * batch, part, hidden)
-    all_gather_flat(parts, x.contiguous(), group=tp.group)
-    return parts.view(tp.size, batch, part, hidden).transpose(0, 1).reshape(batch, tp.size * part, hidden)  # a view when batch is 1
+    tp.group.start_all_gather(parts, x.contiguous()).wait()
+    by_sequence = parts.view(tp.size, batch, part, hidden).transpose(0, 1)
+    return by_sequence.reshape(batch, tp.size * part, hidden)  # a view when batch is 1
 
 
-def start_reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, dist.Work]:
-    """Begins [batch, seq, hidden], a partial sum on each rank -> [batch, seq/tp, hidden]; wait for the work."""
+def start_reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, Pending]:
+    """Begins [batch, seq, hidden], a partial sum on each rank -> [batch, seq/tp, hidden]; wait for it."""
+    assert tp.group is not None
     batch, seq, hidden = x.shape
     part = seq // tp.size
     parts = x.view(batch, tp.size, part, hidden).transpose(0, 1).reshape(tp.size * batch, part, hidden)
     mine = x.new_empty(batch, part, hidden)
-    return mine, reduce_scatter_flat(mine, parts, group=tp.group, async_op=True)
+    return mine, tp.group.start_reduce_scatter(mine, parts)
 
 
 def reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """[batch, seq, hidden], a partial sum on each rank -> the sum's own part [batch, seq/tp, hidden], no gradient."""
-    mine, work = start_reduce_scatter_sequence(x, tp)
-    work.wait()
+    mine, pending = start_reduce_scatter_sequence(x, tp)
+    pending.wait()
     return mine
 
 
 class _Replicate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: Comm) -> torch.Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
+        ctx.group.all_reduce_(grad)
         return grad, None
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: Comm) -> torch.Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
+        group.all_reduce_(x)
         return x
 
     @staticmethod

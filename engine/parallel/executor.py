@@ -210,12 +210,12 @@ class _Run:
         assert work is not None
         self.traffic.keep(kind, x, work)
 
-    def _channel(self, kind: Kind, source: int, target: int) -> tuple[int, dist.ProcessGroup | None]:
+    def _channel(self, kind: Kind, source: int, target: int) -> tuple[int, dist.ProcessGroup]:
         """The peer's global rank and the group of one direction between two stages."""
         mesh, stages = self.executor.mesh, self.executor.stages
         low, high = (source, target) if kind is Kind.F else (target, source)
         a, b = mesh.peer(pp=low % stages), mesh.peer(pp=high % stages)
-        group = mesh.group(f"{'ahead' if kind is Kind.F else 'back'}:{a}>{b}")
+        group = mesh.channels[f"{'ahead' if kind is Kind.F else 'back'}:{a}>{b}"]
         here = mesh.rank
         return (b if here == a else a), group
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -20,6 +19,7 @@ from engine.parallel.collectives import (
     leave,
     start_reduce_scatter_sequence,
 )
+from engine.parallel.comm import Pending
 from engine.parallel.gradients import accumulate, accumulate_product
 from engine.parallel.sharding import Member, Shard, make_parameter, split_columns, split_rows, whole
 
@@ -41,20 +41,20 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Tensors, ...] | Tensors:  # type: ignore[override]
         x, weight, bias = ctx.saved_tensors
         tp: TensorParallel = ctx.tp
-        work = None
+        pending: Pending | None = None
         grad_x = None
         full = all_gather_sequence(x, tp) if tp.sequence and tp.group is not None else x
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
             if tp.group is not None and tp.sequence:
-                grad_x, work = start_reduce_scatter_sequence(grad_x, tp)
+                grad_x, pending = start_reduce_scatter_sequence(grad_x, tp)
             elif tp.group is not None:
-                work = dist.all_reduce(grad_x, group=tp.group, async_op=True)
+                pending = tp.group.start_all_reduce_(grad_x)
         rows = grad.reshape(-1, grad.shape[-1])
         grad_weight = accumulate_product(weight, rows, full.reshape(-1, full.shape[-1]))
         grad_bias = None if bias is None else accumulate(bias, rows.sum(0))
-        if work is not None:
-            work.wait()
+        if pending is not None:
+            pending.wait()
         return grad_x, grad_weight, grad_bias, None
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from engine.config import OptimizerConfig
 from engine.kernels.adamw import adamw_
@@ -67,9 +66,10 @@ class ShardedAdamW:
         squares = [bucket.shard_grads[span].norm().double().square()
                    for bucket in self.buckets for piece, span in bucket.shard_pieces() if piece.member.primary]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-        if self.mesh.layout.world > 1:
+        world = self.mesh.group("world")
+        if world is not None:
             total = total.to(self.buckets[0].grads.device)
-            dist.all_reduce(total)
+            world.all_reduce_(total)
         return float(total.sqrt())
 
     def _sum_partial(self) -> None:
@@ -82,7 +82,7 @@ class ShardedAdamW:
                      for piece, span in bucket.shard_pieces() if piece.member.partial == name]
             if views:
                 flat = torch.cat(views)
-                dist.all_reduce(flat, group=group)
+                group.all_reduce_(flat)
                 for view, part in zip(views, flat.split([v.numel() for v in views]), strict=True):
                     view.copy_(part)
         self._sum_tied()
@@ -93,7 +93,7 @@ class ShardedAdamW:
         edge = self.mesh.group("edge")
         if edge is not None:
             for grads in tied:
-                dist.all_reduce(grads, group=edge)
+                edge.all_reduce_(grads)
         elif tied:
             first, second = tied
             second.copy_(first.add_(second))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from engine.config import RunConfig
 from engine.data.batches import Batch
@@ -115,8 +114,9 @@ class Engine:
     def _supervised(self, labels: torch.Tensor) -> int:
         """Supervised tokens of the global batch; counted before the backward pass, which divides by it."""
         count = (labels != IGNORE).sum()
-        if self.mesh.group("dp") is not None:
-            dist.all_reduce(count, group=self.mesh.group("dp"))
+        dp = self.mesh.group("dp")
+        if dp is not None:
+            dp.all_reduce_(count)
         return int(count)
 
     def _report(self, loss: torch.Tensor, crc: int, stop: bool) -> tuple[float, int, bool]:
@@ -125,8 +125,9 @@ class Engine:
         voice = self.mesh.tp == 0 and self.mesh.pp == self.mesh.size("pp") - 1
         numbers = torch.stack([loss if voice else torch.zeros_like(loss),
                                loss.new_tensor(float(crc if voice else 0)), loss.new_tensor(float(stop))])
-        if self.mesh.layout.world > 1:
-            dist.all_reduce(numbers)
+        world = self.mesh.group("world")
+        if world is not None:
+            world.all_reduce_(numbers)
         total, crcs, stops = numbers.tolist()
         return total, int(crcs), stops > 0
 

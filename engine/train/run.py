@@ -221,6 +221,8 @@ class _Session:
         self.say(f"attention: {job.config.runtime.attention}"
                  f"{' (torch scaled_dot_product_attention)' if job.config.runtime.attention == 'sdpa' else ''}; "
                  "other kernels: torch")
+        if self.mesh.groups:
+            self.say(f"collectives: {self.mesh.transport}")
         if self.out is None:
             self.say("no --out: nothing of this run is saved")
         if job.resume is not None:
