@@ -78,6 +78,9 @@ def _say_once(line: str, code: int) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends us as soon as rank 0 is gone
         time.sleep(1.0)
     print(line, file=sys.stderr, flush=True)
+    if dist.is_initialized():  # taking the group apart while a peer is in a collective with us aborts the process
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 
