@@ -11,8 +11,9 @@ import math
 import mmap
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ ALIGNMENT = 8
 INLINE = 1 << 20
 """Tensors of fewer bytes are summed in line: a thread would cost more than it gains."""
 WRITE = 64 << 20
-"""Bytes handed to the kernel at a time."""
+"""Bytes handed to the kernel at a time, and to the disk."""
+BEHIND = 128 << 20
+"""Bytes of values that may be written and not yet summed."""
 
 
 @dataclass(frozen=True)
@@ -133,24 +136,33 @@ def _naturals(values: Any) -> bool:
 def write_tensors(path: Path, blocks: Sequence[Block], metadata: Mapping[str, str] | None = None) -> dict[str, int]:
     """Writes a new file, block after block, and fsyncs it; returns the crc32 of each block's bytes.
 
-    At most one block's values are held at a time. The checksum runs in a thread beside the write (both leave the
-    interpreter). Raises FileExistsError, other OSErrors, and UserError for two blocks of one key.
+    The checksums run in a thread beside the writes, and on beside the fsync (all three leave the interpreter); the disk
+    is set to work every WRITE bytes instead of at the end. Besides the block being written, at most BEHIND bytes of
+    values are held, still to be summed. Raises FileExistsError, other OSErrors, and UserError for two blocks of one key.
     """
     # Wide formats first, as the format asks: then every tensor is aligned without holes.
     ordered = sorted(blocks, key=lambda block: -block.dtype.itemsize)
     sums: dict[str, int] = {}
-    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        _write(file, memoryview(_header(ordered, metadata or {}, path)))
+    running: deque[tuple[str, int, Future[int]]] = deque()
+    waiting = 0
+    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as summing, ThreadPoolExecutor(1) as disk:
+        push = _Pusher(file.fileno(), disk)
+        _write(file, memoryview(_header(ordered, metadata or {}, path)), push)
         for block in ordered:
             data = _values(block)
             if len(data) < INLINE:
                 sums[block.key] = zlib.crc32(data)
-                _write(file, data)
             else:
-                running = pool.submit(zlib.crc32, data)
-                _write(file, data)
-                sums[block.key] = running.result()
+                running.append((block.key, len(data), summing.submit(zlib.crc32, data)))
+                waiting += len(data)
+            _write(file, data, push)
+            while waiting > BEHIND:
+                key, size, done = running.popleft()
+                sums[key] = done.result()
+                waiting -= size
+        push.finish()
         os.fsync(file.fileno())
+        sums |= {key: done.result() for key, _, done in running}
     return sums
 
 
@@ -179,8 +191,32 @@ def _values(block: Block) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _write(file: io.FileIO, data: memoryview) -> None:
+class _Pusher:
+    """Sets the disk to work while more is written; otherwise all of a file waits for the fsync at its end."""
+
+    def __init__(self, handle: int, pool: ThreadPoolExecutor) -> None:
+        self.handle, self.pool = handle, pool
+        self.last: Future[None] | None = None
+        self.fresh = 0
+
+    def wrote(self, count: int) -> None:
+        """Counts bytes, and starts the disk on them when they are many and it has done with those before."""
+        self.fresh += count
+        if self.fresh >= WRITE and (self.last is None or self.last.done()):
+            self.finish()
+            self.last = self.pool.submit(getattr(os, "fdatasync", os.fsync), self.handle)  # macOS has fsync only
+            self.fresh = 0
+
+    def finish(self) -> None:
+        """Waits for the disk; raises what it failed with (the system says so only once)."""
+        if self.last is not None:
+            self.last.result()
+
+
+def _write(file: io.FileIO, data: memoryview, push: _Pusher) -> None:
     """Writes all of `data`; the kernel may take less than it was given."""
     done = 0
     while done < len(data):
-        done += file.write(data[done : done + WRITE]) or 0
+        count = file.write(data[done : done + WRITE]) or 0
+        push.wrote(count)
+        done += count
