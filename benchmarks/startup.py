@@ -3,7 +3,8 @@
 27.4 M parameters (the shape of train_step.py), a small dataset that is made here. Each turn starts a fresh process; the
 parent's clock runs from before its start. Phases: the interpreter and the imports; everything between them and the
 weights (config, checks, plan; for transformers its config); the weights (for transformers with the imports that they
-set off); the first step (with what stands between: data, threads, report). Files are in the page cache: a first turn of each is not counted.
+set off); the first step (with data and report before it). Files are in the page cache: a first turn of each is not
+counted.
 
     python benchmarks/startup.py [--rounds 5] [--save]
 """

@@ -138,7 +138,7 @@ def write_tensors(path: Path, blocks: Sequence[Block], metadata: Mapping[str, st
 
     The checksums run in a thread beside the writes, and on beside the fsync (all three leave the interpreter); the disk
     is set to work every WRITE bytes instead of at the end. Besides the block being written, at most BEHIND bytes of
-    values are held, still to be summed. Raises FileExistsError, other OSErrors, and UserError for two blocks of one key.
+    values are held, still to be summed. Raises FileExistsError, other OSErrors, UserError for two blocks of one key.
     """
     # Wide formats first, as the format asks: then every tensor is aligned without holes.
     ordered = sorted(blocks, key=lambda block: -block.dtype.itemsize)
