@@ -5,7 +5,7 @@ checksums, the manifest, fsync and the renames; its peer is the same bytes from 
 with and without fsync. Loading includes the manifest, every checksum and the copy into the optimizer's buffers; its
 peer is the same file read into memory. `copy` is shutil.copyfile of that file, reading and writing at once.
 
-    python benchmarks/checkpoint_io.py [--rounds 5] [--folder DIR] [--save]
+    python benchmarks/checkpoint_io.py [--rounds 5] [--folder DIR] [--patience S] [--save]
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import keep, table
+from common import Quiet, keep, table
 from train_step import SHAPE
 
 WRITE = 64 << 20
@@ -87,6 +88,13 @@ class Subject:
             with open(self.folder / "copy", "rb") as file:
                 os.fsync(file.fileno())
 
+    def turn(self, action: Callable[[], None], fresh: Iterable[str]) -> float:
+        """Seconds of an action, after what it will write anew was removed and the disk settled."""
+        self.tidy(fresh)
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
     def tidy(self, names: Iterable[str]) -> None:
         """Removes what a turn wrote and settles the disk, so that the next one pays for its own bytes alone."""
         for name in names:
@@ -118,26 +126,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder if not given")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds spent on repeating turns with neighbours")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/checkpoint_io.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        subject = Subject(Path(name))
+        subject, quiet = Subject(Path(name)), Quiet(args.patience)
         runners = contenders(subject)
         seconds: dict[str, list[float]] = {runner: [] for runner in runners}
         for number in range(args.rounds + 1):
             for runner, (action, fresh) in runners.items():
-                subject.tidy(fresh)
-                start = time.perf_counter()
-                action()
-                if number:  # the first turn of each is a warm-up
-                    seconds[runner].append(time.perf_counter() - start)
+                if number:
+                    seconds[runner].append(quiet.turn(partial(subject.turn, action, fresh)))
+                else:  # a warm-up
+                    subject.turn(action, fresh)
             if number:
                 print(f"  round {number}/{args.rounds}: " + ", ".join(
                     f"{runner} {subject.bytes / taken[-1] / 1e9:.2f}" for runner, taken in seconds.items()), flush=True)
-        report(subject.bytes, seconds, args.rounds, args.save)
+        report(subject.bytes, seconds, quiet, args.save)
 
 
-def report(size: int, seconds: dict[str, list[float]], rounds: int, save: bool) -> None:
+def report(size: int, seconds: dict[str, list[float]], quiet: Quiet, save: bool) -> None:
     """Medians in GB/s, and the share of each peer's rate, taken round by round."""
     rows = [[f"{size / 1e6:.0f} MB", "GB/s", "min", "max", "share of its peers"]]
     results: dict[str, Any] = {}
@@ -149,8 +157,9 @@ def report(size: int, seconds: dict[str, list[float]], rounds: int, save: bool) 
                      ", ".join(f"{share:.0%} of {peer}" for peer, share in shares.items()) or "-"])
         results[name] = {"gb_per_s": size / statistics.median(taken) / 1e9, "seconds": taken, "shares": shares}
     print(table(rows))
+    print(quiet)
     if save:
-        print(keep("checkpoint_io", {"bytes": size, "rounds": rounds, "results": results}))
+        print(keep("checkpoint_io", {"bytes": size, "others": quiet.shares, "results": results}))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
@@ -82,6 +83,52 @@ def race(contenders: Sequence[Contender], rounds: int, steps: int, say: Callable
         for contender in contenders:
             contender.turn(steps)
         say(f"  round {number + 1}/{rounds}: " + ", ".join(f"{c.name} {c.seconds[-1]:.3f} s" for c in contenders))
+
+
+@dataclass
+class Quiet:
+    """Repeats a turn in which other processes took more than `limit` of the machine, for `patience` seconds in all.
+
+    `shares` holds what they took in the turns that count: a figure with neighbours is told as one.
+    """
+
+    patience: float = 0.0
+    limit: float = 0.1
+    shares: list[float] = field(default_factory=list)
+
+    def turn(self, action: Callable[[], Result]) -> Result:
+        """The result of the first quiet turn, or of the last one that patience allows."""
+        while True:
+            start, others = time.monotonic(), _others()
+            result = action()
+            seconds = time.monotonic() - start
+            share = (_others() - others) / seconds / (os.cpu_count() or 1)
+            self.patience -= seconds
+            if share <= self.limit or self.patience < 0:
+                self.shares.append(share)
+                return result
+            while self.patience > 0 and not self._calm():
+                self.patience -= 0.5
+
+    def _calm(self) -> bool:
+        """Whether the machine stands still for half a second."""
+        before = _others()
+        time.sleep(0.5)
+        return (_others() - before) / 0.5 / (os.cpu_count() or 1) <= self.limit
+
+    def __str__(self) -> str:
+        return (f"other processes took {statistics.median(self.shares):.0%} of the machine in the median turn, "
+                f"{max(self.shares):.0%} at most")
+
+
+def _others() -> float:
+    """CPU seconds that went to processes other than this one and its ended children; 0 where nothing says so."""
+    try:
+        counts = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0
+    busy = sum(counts) - counts[3] - counts[4]  # all but idle and waiting for a disk
+    return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def median_ratio(one: Contender, other: Contender) -> float:

@@ -6,7 +6,7 @@ weights (config, checks, plan; for transformers its config); the weights (for tr
 set off); the first step (with data and report before it). Files are in the page cache: a first turn of each is not
 counted.
 
-    python benchmarks/startup.py [--rounds 5] [--save]
+    python benchmarks/startup.py [--rounds 5] [--patience S] [--save]
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, keep, table
+from common import ROOT, Quiet, keep, table
 from train_step import SHAPE
 
 PHASES = ("imports", "prepare", "weights", "first step")
@@ -118,6 +119,7 @@ def main() -> None:
     """Runs the rounds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds spent on repeating turns with neighbours")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/startup.json")
     parser.add_argument("--child", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -125,22 +127,24 @@ def main() -> None:
     if args.child:
         print(json.dumps(CONTENDERS[args.child](args.folder)))
         return
+    quiet = Quiet(args.patience)
     turns: dict[str, list[Marks]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_corpus(folder)
         for number in range(args.rounds + 1):
             for contender in CONTENDERS:
-                seconds = turn(contender, folder)
                 if number:
-                    turns[contender].append(seconds)
+                    turns[contender].append(quiet.turn(partial(turn, contender, folder)))
+                else:
+                    turn(contender, folder)
             if number:
                 print(f"  round {number}/{args.rounds}: "
                       + ", ".join(f"{c} {t[-1]['total']:.2f} s" for c, t in turns.items()), flush=True)
-    report(turns, args.rounds, args.save)
+    report(turns, quiet, args.save)
 
 
-def report(turns: dict[str, list[Marks]], rounds: int, save: bool) -> None:
+def report(turns: dict[str, list[Marks]], quiet: Quiet, save: bool) -> None:
     """Medians over the rounds: seconds of each phase, and each contender's time over ours in the same round."""
     columns = (*PHASES, "total")
     rows = [["seconds", *columns, "min", "max", "x triax"]]
@@ -153,8 +157,9 @@ def report(turns: dict[str, list[Marks]], rounds: int, save: bool) -> None:
                      f"{max(totals):.2f}", f"{ratio:.2f}"])
         results[name] = {"median_seconds": medians, "totals": totals, "ratio_to_triax": ratio}
     print(table(rows))
+    print(quiet)
     if save:
-        print(keep("startup", {"rounds": rounds, "results": results}))
+        print(keep("startup", {"others": quiet.shares, "results": results}))
 
 
 if __name__ == "__main__":
