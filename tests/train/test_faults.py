@@ -158,12 +158,12 @@ def test_a_crash_ends_all_and_names_the_first(start: Callable[..., Run], folder:
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_noticed_at_the_timeout_and_named(start: Callable[..., Run], data: list[str]) -> None:
-    run = start(runs.start_ranks, "asleep", [*runs.MODEL, *TP2_PP2, *ENDLESS, *data, "--timeout", "4"])
+    run = start(runs.start_ranks, "asleep", [*runs.MODEL, *TP2_PP2, *ENDLESS, *data, "--timeout", "8"])
     run.wait_for_step(2)
     pids = run.pids()
     os.kill(pids[1], signal.SIGSTOP)
     others = [pid for pid in pids if pid != pids[1]]
-    assert runs.until(lambda: not any(map(runs.alive, others)), 4 + IN_TIME), run.said()
+    assert runs.until(lambda: not any(map(runs.alive, others)), 8 + IN_TIME), run.said()
     assert "rank 1 does not respond (stopped, or its machine is gone): a collective has timed out" in run.said()
     os.kill(pids[1], signal.SIGCONT)  # awake again, it finds that the run has ended
     all_gone(run, pids)
@@ -174,10 +174,10 @@ def test_a_stopped_rank_is_noticed_at_the_timeout_and_named(start: Callable[...,
 def test_a_rank_that_never_comes_to_a_collective_ends_all_at_the_timeout(
         start: Callable[..., Run], folder: Path, data: list[str]) -> None:
     (folder / "faulty.py").write_text(PROGRAM)
-    run = start(runs.start_ranks, "hung", [*runs.MODEL, *TP2_PP2, *ENDLESS, *data, "--timeout", "4"],
+    run = start(runs.start_ranks, "hung", [*runs.MODEL, *TP2_PP2, *ENDLESS, *data, "--timeout", "8"],
                 program=[str(folder / "faulty.py")], env={"FAULT": "hang"})
     run.wait_for_step(3)
-    all_gone(run, run.pids(), 4 + IN_TIME)
+    all_gone(run, run.pids(), 8 + IN_TIME)
     assert run.codes() == [1] * 4
 
 
