@@ -1,7 +1,7 @@
 """A thread that ends this rank when a peer has died, and says which one was first.
 
-A dead peer leaves the others in a collective: gloo notices for direct neighbours only, NCCL at its timeout. So each rank
-writes its process id to the store, looks twice a second whether the processes of its own machine still live, and reads
+A dead peer leaves the others in a collective: gloo notices for direct neighbours only, NCCL at its timeout. So each
+rank writes its process id to the store, looks twice a second whether the processes of its own machine still live, and reads
 a key that holds the first death anyone has seen. A stopped process lives, so each rank also counts up a heartbeat: when
 a collective has run into its timeout, the ranks whose hearts stand still are named. Nothing is saved then: the peers'
 states may be of different steps.
@@ -54,8 +54,8 @@ class Watchdog(threading.Thread):
         self.ended.set()
 
     def report(self, error: BaseException) -> None:
-        """Writes this rank's own death to the store. A collective that failed is a consequence: then the cause is looked
-        for, and this rank ends in its name; returns where none is found, or the error is this rank's own."""
+        """Writes this rank's own death to the store. A collective that failed is a consequence: then the cause is
+        looked for, and this rank ends in its name; returns where none is found, or the error is this rank's own."""
         own = f"rank {self.rank} ({self.label}) failed: {type(error).__name__}: {error}"
         if not _is_collective(error):
             self.ended.set()

@@ -18,7 +18,8 @@ from engine import verify
 from engine.config import Layout, RunConfig, parse
 from engine.mesh import AXES, Mesh
 
-FLAGS = "--layers 2 --hidden 16 --ffn-hidden 32 --heads 2 --kv-heads 2 --vocab-size 11 --seq-len 8 --steps 3 --dtype fp64"  # noqa: E501
+FLAGS = ("--layers 2 --hidden 16 --ffn-hidden 32 --heads 2 --kv-heads 2 --vocab-size 11 --seq-len 8 --steps 3 "
+         "--dtype fp64")
 
 
 @pytest.fixture(scope="module")
