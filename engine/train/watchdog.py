@@ -1,10 +1,10 @@
 """A thread that ends this rank when a peer has died, and says which one was first.
 
 A dead peer leaves the others in a collective: gloo notices for direct neighbours only, NCCL at its timeout. So each
-rank writes its process id to the store, looks twice a second whether the processes of its own machine still live, and reads
-a key that holds the first death anyone has seen. A stopped process lives, so each rank also counts up a heartbeat: when
-a collective has run into its timeout, the ranks whose hearts stand still are named. Nothing is saved then: the peers'
-states may be of different steps.
+rank writes its process id to the store, looks twice a second whether the processes of its own machine still live, and
+reads a key that holds the first death anyone has seen. A stopped process lives, so each rank also counts up a
+heartbeat: when a collective has run into its timeout, the ranks whose hearts stand still are named. Nothing is saved
+then: the peers' states may be of different steps.
 """
 
 from __future__ import annotations
