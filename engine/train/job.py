@@ -181,8 +181,8 @@ def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) ->
         return saved  # the saved copy stands in for a folder that has moved
     path = str(values["tokenizer"])
     if not Path(path).exists():
-        raise UserError(f"no tokenizer at {path}; tools/train_tokenizer.py trains one, and `make demo` makes the demo's "
-                        "tokenizer and corpus")
+        raise UserError(f"no tokenizer at {path}; tools/train_tokenizer.py trains one, and `make demo` makes the "
+                        "demo's, with its corpus")
     asked = load_tokenizer(path)
     if saved is not None and asked.hash != saved.hash:
         raise UserError(f"--tokenizer {values['tokenizer']} is not the one that {folder} was trained with (sha256 "
