@@ -7,12 +7,16 @@ kernel that keeps less is seen to keep less.
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch._decomp
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +28,8 @@ from engine.parallel.buckets import GradientBuckets
 from engine.parallel.collectives import TensorParallel
 
 META = torch.device("meta")
+HIDDEN = "__dynamo_disable"
+"""Where torch._compile keeps the form of a function that its compiler does not see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +105,7 @@ def trace(shape: Shape, layers: int, first: bool, last: bool) -> Activations:
     buckets = GradientBuckets(model).buckets
     size = (shape.micro_batch, shape.seq_len)
     known = [flat for bucket in buckets for flat in (bucket.data, bucket.grads)]
-    with _FusedAttention(), Live(known) as memory:
+    with _without_compiler(), _FusedAttention(), Live(known) as memory:
         x = torch.empty(size if first else (*size, shape.model.hidden), dtype=torch.long if first else shape.dtype,
                         device=META, requires_grad=not first)
         y = model(x)
@@ -108,6 +114,40 @@ def trace(shape: Shape, layers: int, first: bool, last: bool) -> Activations:
         kept = memory.live
         torch.autograd.backward(y, torch.empty_like(y))
     return Activations(kept, memory.peak - kept)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Keeps torch from importing its compiler, which takes nearly as long as importing torch.
+
+    Most operations on meta tensors are Python functions of torch, inside wrappers that hide them from the compiler and
+    import it for that, unless the function has the attribute that is set here for as long as we trace. Where a version
+    of torch has no such tables, wrappers or attribute, nothing is gained and nothing lost.
+    """
+    hidden: list[Any] = []
+    if "torch._dynamo" not in sys.modules:
+        for table in getattr(torch._decomp, "global_decomposition_table", {}).values():
+            for function in table.values():
+                for layer in _layers(function):
+                    if isinstance(layer, FunctionType) and not hasattr(layer, HIDDEN):
+                        hidden.append(layer)
+                        setattr(layer, HIDDEN, layer)
+    try:
+        yield
+    finally:
+        for layer in hidden:
+            delattr(layer, HIDDEN)
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """The functions that a wrapped one calls in turn (`__wrapped__` may name the original and skip a layer)."""
+    pending = [function]
+    while pending:
+        layer = pending.pop()
+        cells = getattr(layer, "__closure__", None) or ()
+        names = getattr(getattr(layer, "__code__", None), "co_freevars", ())
+        pending += [cell.cell_contents for name, cell in zip(names, cells, strict=True) if name == "fn"]
+        yield layer
 
 
 class Live(TorchDispatchMode):
