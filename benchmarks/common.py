@@ -87,7 +87,8 @@ def race(contenders: Sequence[Contender], rounds: int, steps: int, say: Callable
 
 @dataclass
 class Quiet:
-    """Repeats a turn in which other processes took more than `limit` of the machine, for `patience` seconds in all.
+    """Waits until other processes leave the machine alone, and repeats a turn in which they took more than `limit` of
+    it; for `patience` seconds in all.
 
     `shares` holds what they took in the turns that count: a figure with neighbours is told as one.
     """
@@ -99,6 +100,8 @@ class Quiet:
     def turn(self, action: Callable[[], Result]) -> Result:
         """The result of the first quiet turn, or of the last one that patience allows."""
         while True:
+            while self.patience > 0 and not self._calm():
+                self.patience -= 0.5
             start, others = time.monotonic(), _others()
             result = action()
             seconds = time.monotonic() - start
@@ -107,8 +110,6 @@ class Quiet:
             if share <= self.limit or self.patience < 0:
                 self.shares.append(share)
                 return result
-            while self.patience > 0 and not self._calm():
-                self.patience -= 0.5
 
     def _calm(self) -> bool:
         """Whether the machine stands still for half a second."""
