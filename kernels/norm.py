@@ -46,13 +46,31 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
 
 
+class _LayerNorm(torch.autograd.Function):
+    """LayerNorm computed in fp32 whatever its input; it keeps x as it came, and the two statistics of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        kind = wide(x.dtype)
+        y, mean, rstd = torch.native_layer_norm(x.to(kind), x.shape[-1:], weight.to(kind), bias.to(kind), eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        kind = rstd.dtype
+        grads = torch.ops.aten.native_layer_norm_backward(
+            grad.to(kind), x.to(kind), x.shape[-1:], mean, rstd, weight.to(kind), bias.to(kind), [True] * 3)
+        return grads[0].to(x.dtype), grads[1].to(weight.dtype), grads[2].to(bias.dtype), None
+
+
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., width], weight and bias [width] -> [..., width].
 
     On a CPU torch sums the gradients of weight and bias in the dtype they have: over 4,096 rows of bf16 half of a bias'
-    gradient is lost. There all is computed in fp32.
+    gradient is lost. Its CUDA kernel sums in fp32.
     """
-    if x.device.type != "cpu":
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-    kind = wide(x.dtype)
-    return F.layer_norm(x.to(kind), (x.shape[-1],), weight.to(kind), bias.to(kind), eps).to(x.dtype)
+    if x.is_cuda:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return]

@@ -162,12 +162,12 @@ class _Session:
         if self.feed.valid is not None:
             share = share_of(self.feed.valid, self.mesh.dp, self.mesh.size("dp"))
             callbacks.append(Evaluate(save.eval_every, lambda: self.engine.evaluate([share])))
-        if self.out is not None:
-            callbacks.append(Save(save.save_every, self._save))
         if self.out is not None and self.place.rank == 0:
             _write_facts(self.out, self.job)
             callbacks.append(JsonLines(self.out / "metrics.jsonl", self.engine.step, metrics_line))
             callbacks.append(JsonLines(self.out / "samples.jsonl", self.engine.step, self._samples_line))
+        if self.out is not None:  # after its lines: a run that dies in between writes them again, and misses none
+            callbacks.append(Save(save.save_every, self._save))
         if console is not None:
             callbacks.append(console)
         callbacks.append(CollectGarbage())
