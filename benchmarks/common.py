@@ -67,7 +67,10 @@ def _serve(pipe: Connection, contender: Contender, rank: int, port: int) -> None
     step()  # warm-up: allocations, lazy initialisation
     pipe.send("ready")
     while True:
-        steps = pipe.recv()
+        try:
+            steps = pipe.recv()
+        except EOFError:  # the race is over
+            os._exit(0)
         start = time.perf_counter()
         for _ in range(steps):
             step()
