@@ -6,6 +6,7 @@ nothing that the code knows is written down twice; tests/docs/test_pages.py chec
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -73,8 +74,26 @@ def error(world: str, *flags: str) -> str:
     raise SystemExit(f"{' '.join(flags)} on {world} processes is no error")
 
 
+def figures() -> str:
+    """What benchmarks/startup.py and benchmarks/checkpoint_io.py last committed."""
+    startup, disk = (json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+                     for name in ("startup", "checkpoint_io"))
+    seconds = {name: result["median_seconds"]["total"] for name, result in startup["results"].items()}
+    rows = [f"| from the command to the end of step 1, one process | {seconds['triax']:.1f} s | "
+            f"transformers {seconds['transformers']:.1f} s |"]
+    for ours, what, peer, peer_name in (
+            ("triax save (fsync, crc32)", "saving a checkpoint, checksums and fsync included", "copy, fsync",
+             "a file copy with fsync"),
+            ("triax load (crc32)", "loading it, every checksum verified", "copy, no fsync", "a file copy")):
+        result = disk["results"][ours]
+        rows.append(f"| {what} | {result['gb_per_s']:.1f} GB/s | {result['shares'][peer]:.0%} of {peer_name} |")
+    cores = startup["machine"]["cores"]
+    return "\n".join([f"| 27.4 M parameters, fp32, {cores} CPU cores | Triax | beside |", "|---|---|---|", *rows])
+
+
 MAKERS: Mapping[str, Callable[..., str]] = MappingProxyType(
-    {"options": options, "presets": presets, "gantt": gantt, "grid": grid, "source": source, "error": error})
+    {"options": options, "presets": presets, "gantt": gantt, "grid": grid, "source": source, "error": error,
+     "figures": figures})
 
 
 def fenced(text: str, language: str = "text") -> str:
