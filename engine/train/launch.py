@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from engine.errors import UserError
 
 BAD_INPUT, CRASHED = 2, 1
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """glibc's names for what `mallopt` sets (malloc.h)."""
 
 
@@ -114,8 +114,7 @@ def tune_allocator() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    for option, value in ((M_MMAP_THRESHOLD, 1 << 25), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 1 << 26),
-                          (M_ARENA_MAX, 1)):
+    for option, value in ((M_MMAP_THRESHOLD, 1 << 25), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 1 << 26)):
         mallopt(option, value)
 
 
