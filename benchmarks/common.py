@@ -34,6 +34,8 @@ class Contender:
     build: Callable[..., Stepper]
     world: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment of its processes beyond ours, for what is read when a library loads."""
     seconds: list[float] = field(default_factory=list)
     pipes: list[Connection] = field(default_factory=list)
 
@@ -43,7 +45,12 @@ class Contender:
         port = _free_port()
         for rank in range(self.world):
             here, there = context.Pipe()
+            before = dict(os.environ)
+            os.environ.update(self.env)
             context.Process(target=_serve, args=(there, self, rank, port), daemon=True).start()
+            for name in self.env:
+                del os.environ[name]
+            os.environ.update(before)
             self.pipes.append(here)
         for pipe in self.pipes:
             pipe.recv()
@@ -62,7 +69,8 @@ def _serve(pipe: Connection, contender: Contender, rank: int, port: int) -> None
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(contender.world))
     import torch
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // contender.world))
+    threads = contender.env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) // contender.world
+    torch.set_num_threads(max(1, int(threads)))
     step = contender.build(rank, contender.world, **contender.options)
     step()  # warm-up: allocations, lazy initialisation
     pipe.send("ready")

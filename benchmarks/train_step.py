@@ -108,6 +108,9 @@ def contenders() -> list[Contender]:
                   Contender(f"triax {dtype}", build_triax, options={"flags": f"--dtype {dtype}"}),
                   Contender(f"triax {dtype} tp2", build_triax, 2, {"flags": f"--dtype {dtype} --tp 2"}),
                   Contender(f"triax {dtype} pp2", build_triax, 2, {"flags": f"--dtype {dtype} --pp 2"}),
+                  # Two threads a stage, sleeping where they wait: a stage alone in the bubble has both cores.
+                  Contender(f"triax {dtype} pp2, 2 threads", build_triax, 2, {"flags": f"--dtype {dtype} --pp 2"},
+                            {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}),
                   Contender(f"triax {dtype} dp2", build_triax, 2, {"flags": f"--dtype {dtype}"})]
     found.append(Contender("transformers fp32", build_transformers, options={"dtype": "fp32"}))
     found.append(Contender("transformers bf16 autocast", build_transformers, options={"dtype": "autocast"}))

@@ -74,6 +74,19 @@ def error(world: str, *flags: str) -> str:
     raise SystemExit(f"{' '.join(flags)} on {world} processes is no error")
 
 
+def training() -> str:
+    """What benchmarks/train_step.py last committed: medians over its rounds."""
+    content = json.loads((ROOT / "benchmarks" / "results" / "train_step.json").read_text(encoding="utf-8"))
+    head = f"{content['machine']['cores']} CPU cores"
+    rows = [f"| {head} | tokens/s | share of the matrix products' rate | x transformers |",
+            "|---|---|---|---|"]
+    for name, result in content["results"].items():
+        share, ratio = (f"{result[key]:{form}}" if result[key] else "-"
+                        for key, form in (("share_of_bound", ".0%"), ("ratio_to_transformers", ".2f")))
+        rows.append(f"| {name} | {result['tokens_per_s']:,.0f} | {share} | {ratio} |")
+    return "\n".join(rows)
+
+
 def figures() -> str:
     """What benchmarks/startup.py and benchmarks/checkpoint_io.py last committed."""
     startup, disk = (json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
@@ -93,7 +106,7 @@ def figures() -> str:
 
 MAKERS: Mapping[str, Callable[..., str]] = MappingProxyType(
     {"options": options, "presets": presets, "gantt": gantt, "grid": grid, "source": source, "error": error,
-     "figures": figures})
+     "figures": figures, "training": training})
 
 
 def fenced(text: str, language: str = "text") -> str:

@@ -78,8 +78,7 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     """The job of `argv`, over the flags of a recipe, over an entry point's defaults. Raises UserError for anything that
     is wrong; `check_data` looks at the data once the rest is known to be sound. Memory comes before tokenizer and data:
     whoever tries the 7B recipe on a laptop learns first that it does not fit."""
-    given = {**parse_values(recipe), **parse_values(argv)}
-    values, weights, resume = _sources({**defaults, **given})
+    values, weights, resume = _sources({**defaults, **parse_values(recipe)}, parse_values(argv))
     base = _base_model(values, weights, resume)
     tokenizer, missing = _try_tokenizer(values, weights, resume)
     notes = _vocabulary(values, base, tokenizer)
@@ -122,11 +121,13 @@ def _require_memory(plan: Plan, device: torch.device, local: int) -> None:
     require_memory(plan, available_memory(device, local), what)
 
 
-def _sources(given: Values) -> tuple[Values, Resolved | None, Path | None]:
-    """What the run starts from. With --resume the saved config stands under the given values; --load then has been
-    done already. Returns the values, the weights of --load, and the step folder of --resume."""
-    out = str(given.get("out", ""))
-    if given.get("resume"):
+def _sources(under: Values, given: Values) -> tuple[Values, Resolved | None, Path | None]:
+    """What the run starts from: `given` over `under`. With --resume the saved config stands between them, since a run
+    may have been started with more than its recipe says; --load then has been done already. Returns the values, the
+    weights of --load, and the step folder of --resume."""
+    asked = {**under, **given}
+    out = str(asked.get("out", ""))
+    if asked.get("resume"):
         if not out:
             raise UserError("--resume continues the run in --out; give its folder")
         step = latest_step(Path(out))
@@ -134,9 +135,9 @@ def _sources(given: Values) -> tuple[Values, Resolved | None, Path | None]:
             saved = from_dict(open_checkpoint(step).config)
             flat = {name: value for group in to_dict(saved).values() for name, value in group.items()
                     if name not in ONE_RUN}
-            return {**flat, **given}, None, step
-    weights = resolve(str(given["load"])) if given.get("load") else None
-    return given, weights, None
+            return {**under, **flat, **given, "out": out, "resume": True}, None, step
+    weights = resolve(str(asked["load"])) if asked.get("load") else None
+    return asked, weights, None
 
 
 def _base_model(values: Values, weights: Resolved | None, resume: Path | None) -> ModelConfig | None:
