@@ -80,7 +80,8 @@ def training() -> str:
     head = f"{content['machine']['cores']} CPU cores"
     rows = [f"| {head} | tokens/s | share of the matrix products' rate | x transformers |",
             "|---|---|---|---|"]
-    for name, result in content["results"].items():
+    shown = {name: r for name, r in content["results"].items() if not re.search("bound|pure|threads", name)}
+    for name, result in shown.items():
         share, ratio = (f"{result[key]:{form}}" if result[key] else "-"
                         for key, form in (("share_of_bound", ".0%"), ("ratio_to_transformers", ".2f")))
         rows.append(f"| {name} | {result['tokens_per_s']:,.0f} | {share} | {ratio} |")
