@@ -2,10 +2,12 @@
 section 3; sequence parallelism arXiv:2205.05198, section 4.2.2).
 
     forward            backward
-    identity           all-reduce          `replicate`       into a tensor-parallel region
-    all-reduce         identity            `all_reduce`      out of it
-    all-gather         reduce-scatter      `gather_sequence` into it, activations split along the sequence
-    reduce-scatter     all-gather          `scatter_sequence` out of it
+    identity           all-reduce          into a tensor-parallel region
+    all-reduce         identity            out of it: `all_reduce`
+    all-gather         reduce-scatter      into it, activations split along the sequence
+    reduce-scatter     all-gather          out of it: `scatter_sequence`
+
+The two ways in are part of the column-parallel linear (`layers.py`), which computes the weight's gradient meanwhile.
 
 A group of None holds one rank: everything is then the identity and costs nothing. Tensors are [batch, seq, hidden].
 """
@@ -63,19 +65,6 @@ def reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor
     return mine
 
 
-class _Replicate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Comm) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        ctx.group.all_reduce_(grad)
-        return grad, None
-
-
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Comm) -> torch.Tensor:
@@ -86,17 +75,6 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return grad, None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-        ctx.tp = tp
-        return all_gather_sequence(x, tp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return reduce_scatter_sequence(grad.contiguous(), ctx.tp), None
 
 
 class _ScatterSequence(torch.autograd.Function):
@@ -110,19 +88,9 @@ class _ScatterSequence(torch.autograd.Function):
         return all_gather_sequence(grad, ctx.tp), None
 
 
-def replicate(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """Identity forward, all-reduce backward: one activation feeds every rank's shard."""
-    return x if tp.group is None else _Replicate.apply(x, tp.group)  # type: ignore[no-any-return]
-
-
 def all_reduce(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """All-reduce forward, identity backward: the shards' partial sums become one activation."""
     return x if tp.group is None else _AllReduce.apply(x, tp.group)  # type: ignore[no-any-return]
-
-
-def gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """All-gather along the sequence forward, reduce-scatter backward."""
-    return x if tp.group is None else _GatherSequence.apply(x, tp)  # type: ignore[no-any-return]
 
 
 def scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
