@@ -19,6 +19,8 @@ def version() -> str:
     return found.group(1)
 
 
+# Never one version: torch's CUDA build brings its own, 3.6 with 2.11 and later ones since. No wheels off Linux.
+TRITON = "triton>=3.6; sys_platform == 'linux'"
 HF = ["transformers>=4.57", "tokenizers", "jinja2"]
 
 setup(
@@ -45,10 +47,10 @@ setup(
     extras_require={
         "hf": HF,
         "mpi": ["mpi4py"],
-        "gpu": ["triton>=3.6"],
+        "gpu": [TRITON],
         "data": ["ftfy", "pyarrow", "zstandard"],
         "plot": ["matplotlib"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", *HF],  # the tests build a wheel
+        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", TRITON, *HF],  # the tests build a wheel
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },
 )

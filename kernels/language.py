@@ -1,0 +1,103 @@
+"""What every kernel file stands on: Triton where it is installed, and the few facts a launcher asks of a device.
+
+Without Triton (a CPU-only installation) the kernels are names nobody calls: the references beside them need torch
+alone. Under TRITON_INTERPRET=1, set before these files are imported, kernels run on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+# From Triton 3.10 on a multiplication and an addition are no longer one instruction unless this says so, and until then
+# its absence is warned of.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+
+    class _Absent:
+        """Stands for triton.language in annotations and decorators of kernels that cannot run here."""
+
+        constexpr = int
+
+        def __getattr__(self, name: str) -> Any:
+            raise ModuleNotFoundError(f"triton is not installed: pip install 'triax[gpu]' ({name} was asked for)")
+
+    triton = None
+    tl = _Absent()
+
+    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Leaves a kernel as it is."""
+        return function
+
+
+INTERPRETING = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels are decorated to run in Triton's interpreter."""
+
+INTERPRETED = tl.constexpr(INTERPRETING)
+"""The same, for kernels."""
+
+HOPPER = 90
+AMPERE = 80
+
+
+@jit
+def dot(a, b, acc):
+    """acc + a b, accumulated in fp32; fp32 operands are never cut to tf32.
+
+    The interpreter holds bf16 as integers and multiplies those: there the operands are widened first, which changes
+    nothing, for products of two bf16 or fp16 numbers are exact in fp32.
+    """
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def arch(device: torch.device) -> int:
+    """The architecture a launcher chooses its configuration for: 90, 80, ...; 0 in the interpreter.
+
+    A meta tensor has no device: it is compiled ahead of time for Triton's active target.
+    """
+    if device.type == "cuda":
+        return _capability(device.index or 0)
+    if device.type == "meta":
+        return int(triton.runtime.driver.active.get_current_target().arch)
+    return 0
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, which fixed grids are multiples of; 132 (Hopper) for meta tensors, 2 interpreted."""
+    if device.type == "cuda":
+        return _processors(device.index or 0)
+    return 132 if device.type == "meta" else 2
+
+
+@lru_cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@lru_cache
+def _processors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,77 @@
+"""What the tests of kernels share: where they run, inputs, and the rule that a result is held to.
+
+Without a GPU kernels run in Triton's interpreter on CPU tensors (tests/conftest.py switches it on); with one, the same
+tests run what was compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+Function = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None,
+                                  reason="triton is not installed: its kernels are not here")
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Normal numbers in float64 that bf16 holds exactly, so that inputs are the same in every dtype."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return x.bfloat16().double().to(DEVICE)
+
+
+def run(function: Function, inputs: Sequence[torch.Tensor], dtype: torch.dtype,
+        grads: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Results in a dtype, then the gradients of all inputs that have one, of a sum with uneven weights; as float64.
+
+    `grads(y, number)` makes the gradient of each result, for layouts that are not plain (expanded, transposed). Inputs
+    keep their strides. Integer inputs stay as they are.
+    """
+    leaves = [_cast(x, dtype) for x in inputs]
+    found = function(*leaves)
+    results = [found] if isinstance(found, torch.Tensor) else list(found)
+    smooth = [(i, y) for i, y in enumerate(results) if y.requires_grad]
+    make = grads or (lambda y, number: normal(*y.shape, seed=90 + number).to(y.dtype))
+    if smooth:
+        torch.autograd.backward([y for _, y in smooth], [make(y, i) for i, y in smooth])
+    return [*(y.detach().double() for y in results), *(x.grad.double() for x in leaves if x.grad is not None)]
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not x.is_floating_point():
+        return x
+    # Strides survive: a leaf made from a sliced or transposed tensor is laid out like it.
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device) if _dense(x) else x.to(dtype).clone()
+    return copy.copy_(x).requires_grad_()
+
+
+def _dense(x: torch.Tensor) -> bool:
+    """Whether every element has a place of its own (an expanded tensor's have not)."""
+    return all(stride > 0 for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+
+
+def assert_as_good(ours: Function, torchs: Function, inputs: Sequence[torch.Tensor], dtype: torch.dtype,
+                   grads: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> None:
+    """Asserts, for every result and gradient, that our error against float64 is at most twice that of PyTorch in the
+    same dtype, plus one rounding of the float64 result (flash-attention's rule)."""
+    wanted = run(torchs, inputs, torch.float64, grads)
+    found, known = run(ours, inputs, dtype, grads), run(torchs, inputs, dtype, grads)
+    assert len(found) == len(wanted) == len(known)
+    for which, (true, mine, theirs) in enumerate(zip(wanted, found, known, strict=True)):
+        assert mine.shape == true.shape
+        rounding = torch.finfo(dtype).eps / 2 * float(true.abs().max()) if true.numel() else 0.0
+        bound = 2 * float((theirs - true).abs().max()) + rounding if true.numel() else 0.0
+        error = float((mine - true).abs().max()) if true.numel() else 0.0
+        assert error <= bound, f"result {which}: error {error:.3g}, at most {bound:.3g}"  # NaN fails
+
+
+def assert_repeats(function: Function, inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    """Asserts that two runs give the same bits, forward and backward."""
+    for one, other in zip(run(function, inputs, dtype), run(function, inputs, dtype), strict=True):
+        assert torch.equal(one, other)
