@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint docs bench gpu clean
+.PHONY: help env demo test test-fast test-oldest lint docs bench gpu clean
 
 TORCH := torch==2.13.0
 PY := .venv/bin/python
@@ -22,6 +22,11 @@ test: $(STAMP)  ## the whole test suite
 
 test-fast: $(STAMP)  ## the suite without its slow part
 	@$(PY) -m pytest -m "not slow"
+
+# Fused kernels support Triton 3.6 and later; .venv has the newest. numpy 2.4 breaks the interpreter of 3.6.0 alone.
+test-oldest: $(STAMP)  ## the tests of the kernels on the oldest Triton
+	@[ -d .venv/oldest/triton ] || $(PY) -m pip install --quiet --no-deps --target .venv/oldest triton==3.6.0 'numpy<2.4'
+	@PYTHONPATH=.venv/oldest $(PY) -m pytest tests/kernels
 
 lint: $(STAMP)  ## ruff, mypy, and the shell of the examples
 	@$(PY) -m ruff check .
