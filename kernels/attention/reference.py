@@ -1,7 +1,4 @@
-"""Causal attention with grouped queries: torch's fused SDPA, and the formula itself.
-
-y = softmax(q k^T / sqrt(d) + mask) v. Query head j reads key/value head j // (heads / kv_heads).
-"""
+"""Attention in plain PyTorch: torch's fused SDPA, and the formula itself."""
 
 from __future__ import annotations
 
@@ -11,14 +8,8 @@ import torch
 import torch.nn.functional as F
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True,
-              implementation: str = "sdpa") -> torch.Tensor:
-    """q [batch, heads, seq, d], k and v [batch, kv_heads, keys, d] -> [batch, heads, seq, d].
-
-    With `causal`, query i sees the keys up to keys - seq + i (the last queries of a longer sequence).
-    """
-    if implementation == "reference":
-        return reference(q, k, v, causal)
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Torch's scaled_dot_product_attention."""
     grouped = q.shape[1] != k.shape[1]
     if causal and q.shape[2] not in (1, k.shape[2]):
         mask = _causal_mask(q.shape[2], k.shape[2], q.device)
