@@ -14,8 +14,9 @@ import torch
 from engine.kernels.cross_entropy import Reducer, reference_gradient_, reference_rows
 from engine.kernels.norm import wide
 
-AddWeightGrad = Callable[[torch.Tensor, torch.Tensor], None]
-"""Takes a chunk's gradient D [chunk, columns] and x [chunk, hidden]; adds D^T x to the weight's gradient."""
+AddWeightGrad = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""Takes a chunk's gradient D [chunk, columns] and x [chunk, hidden]; adds D^T x to the weight's gradient. The third is
+the chunk's finished rows of x's gradient (None if not asked for), whose sum over the ranks may begin meanwhile."""
 
 
 @torch.no_grad()
@@ -49,5 +50,5 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Te
         if dx is not None:
             torch.mm(logits, weight, out=dx[part])
         if add_weight_grad is not None:
-            add_weight_grad(logits, x[part])
+            add_weight_grad(logits, x[part], None if dx is None else dx[part])
     return losses, dx
