@@ -1,20 +1,43 @@
-"""AdamW (arXiv:1711.05101) over flat buffers.
+"""AdamW (arXiv:1711.05101) over flat buffers: clipped gradient, moments, master weights and model weights in one pass.
 
-m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
-p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+g = scale * grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps);  out = p, rounded.
+
+In fp32 that is 28 bytes a parameter, 30 with bf16 weights beside the master weights.
 """
 
 from __future__ import annotations
 
 import torch
 
+from engine.kernels.language import cdiv, jit, tl
 
-def adamw_(parameter: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, *, step: int,
-           lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
-    """One step in place on flat tensors of one dtype, `step` counting from 1. Torch's fused kernel: one pass."""
-    counter = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
-    torch._fused_adamw_([parameter], [grad], [exp_avg], [exp_avg_sq], [], [counter], lr=lr, beta1=beta1, beta2=beta2,
+BLOCK = 1024
+WARPS = 4
+"""A thread has 8 elements of each buffer: two loads of 16 bytes from each of four are in flight, and its 56 registers
+leave room for 9 such blocks on a multiprocessor: 147 KB are under way, several times bandwidth times latency."""
+
+
+def adamw_(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, *, step: int,
+           lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, scale: float = 1.0,
+           out: torch.Tensor | None = None, by: str = "torch") -> None:
+    """One step in place on flat, contiguous tensors of one length, `step` counting from 1.
+
+    The gradient counts `scale` times (clipping). `out` receives the master weights in its own dtype. By "torch" all but
+    `out` have one dtype, and a scale below 1 is multiplied into `grad` where it lies; by "triton" master weights and
+    moments are fp32, grad of any dtype up to that, and grad stays as it is.
+    """
+    if by == "triton":
+        _adamw(master, grad, exp_avg, exp_avg_sq, out, step, lr, beta1, beta2, eps, weight_decay, scale)
+        return
+    # Torch's kernel has a divisor of its own for the gradient (grad_scale), but dividing by 1 / scale rounds twice.
+    if scale != 1.0:
+        grad.mul_(scale)
+    counter = torch.tensor(float(step), dtype=torch.float32, device=master.device)
+    torch._fused_adamw_([master], [grad], [exp_avg], [exp_avg_sq], [], [counter], lr=lr, beta1=beta1, beta2=beta2,
                         weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
+    if out is not None:
+        out.copy_(master)
 
 
 def reference(parameter: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, *,
@@ -25,3 +48,70 @@ def reference(parameter: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor
     parameter.mul_(1 - lr * weight_decay)
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
     parameter.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+
+
+@jit
+def adamw_kernel(master, grad, exp_avg, exp_avg_sq, out, length, scale, take1, take2, decay, rate, unbias2, eps,
+                 OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of all buffers. Whole blocks go unmasked: a mask by a length that is no multiple of 4 would cut their
+    accesses to single elements."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= length:
+        _update(master, grad, exp_avg, exp_avg_sq, out, start, length, scale, take1, take2, decay, rate, unbias2, eps,
+                OUT, False, BLOCK)
+    else:
+        _update(master, grad, exp_avg, exp_avg_sq, out, start, length, scale, take1, take2, decay, rate, unbias2, eps,
+                OUT, True, BLOCK)
+
+
+@jit
+def _update(master, grad, exp_avg, exp_avg_sq, out, start, length, scale, take1, take2, decay, rate, unbias2, eps,
+            OUT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """take = 1 - beta: x + take (new - x) has no drift, where beta and 1 - beta rounded to fp32 do not sum to 1."""
+    at = start + tl.arange(0, BLOCK)
+    mask = at < length if MASKED else None
+    g = tl.load(grad + at, mask=mask).to(tl.float32) * scale
+    m = tl.load(exp_avg + at, mask=mask)
+    v = tl.load(exp_avg_sq + at, mask=mask)
+    p = tl.load(master + at, mask=mask)
+    m = m + (g - m) * take1
+    v = v + (tl.minimum(g * g, 3.4e38) - v) * take2  # an infinite v would never come down again
+    p = p - p * decay - rate * (m / (tl.sqrt(v) * unbias2 + eps))
+    tl.store(exp_avg + at, m, mask=mask)
+    tl.store(exp_avg_sq + at, v, mask=mask)
+    tl.store(master + at, p, mask=mask)
+    if OUT:
+        # Said to be contiguous by 4 only: a thread would store 8 of a 16-bit dtype at once, and to match it all other
+        # stores would be turned over in shared memory. A warp's 256 bytes are whole sectors either way.
+        tl.store(out + tl.max_contiguous(at, 4), p.to(out.dtype.element_ty), mask=mask)
+
+
+def launch(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+           out: torch.Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float,
+           weight_decay: float, scale: float) -> None:
+    """One step by one launch. Raises ValueError where a buffer is not contiguous or not as long as the others."""
+    buffers = [master, grad, exp_avg, exp_avg_sq, *([] if out is None else [out])]
+    length = master.numel()
+    if any(buffer.numel() != length or not buffer.is_contiguous() for buffer in buffers):
+        raise ValueError(f"AdamW takes contiguous buffers of one length, not {[tuple(b.shape) for b in buffers]}")
+    if any(state.dtype != torch.float32 for state in (master, exp_avg, exp_avg_sq)):
+        raise ValueError("AdamW's kernel keeps master weights and moments in fp32")
+    if length == 0:
+        return
+    # Corrections in double, then fp32: 1 - beta2^t of small t would lose digits otherwise.
+    adamw_kernel[(cdiv(length, BLOCK),)](
+        master, grad, exp_avg, exp_avg_sq, master if out is None else out, length, float(scale), 1.0 - beta1,
+        1.0 - beta2, float(lr * weight_decay), lr / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5, float(eps),
+        OUT=out is not None, BLOCK=BLOCK, num_warps=WARPS)
+
+
+@torch.library.custom_op("triax::adamw_", mutates_args=("master", "exp_avg", "exp_avg_sq", "out"))
+def _adamw(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+           out: torch.Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float,
+           weight_decay: float, scale: float) -> None:
+    launch(master, grad, exp_avg, exp_avg_sq, out, step, lr, beta1, beta2, eps, weight_decay, scale)
+
+
+@_adamw.register_fake
+def _(master: torch.Tensor, *rest: object) -> None:
+    return None
