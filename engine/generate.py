@@ -19,6 +19,7 @@ from engine.data.chat import END, ChatEncoder
 from engine.data.chat_rows import Message
 from engine.errors import UserError, run_cli
 from engine.hf import open_hf
+from engine.kernels.dispatch import choose
 from engine.model import Decoder, Parts
 from engine.model.cache import LayerCache
 from engine.model.shapes import logical_shapes
@@ -81,7 +82,8 @@ def _tokens(
     for _ in range(max_tokens):
         with torch.inference_mode():  # not around the yield: it would leak into the caller's code
             x = torch.tensor([fed], device=model.parts.device)  # [1, new tokens]
-            token = draw(model(x, position=position, caches=caches)[0, -1])
+            last = model(x, position=position, caches=caches)[:, -1:]  # the head runs for one position, not for all
+            token = draw(model.logits(last)[0, -1])
         if token in stop:
             return
         yield token
@@ -167,7 +169,8 @@ def load_for_inference(path: str, dtype: torch.dtype, device: torch.device) -> t
             f"the tokenizer in {assets} has {tokenizer.vocab_size} entries, the model {config.vocab_size}; they do not "
             "belong together"
         )
-    model = Decoder(Parts(config, dtype=dtype, device=device), range(config.layers)).eval()
+    kernels = choose("auto", "sdpa", device, dtype)
+    model = Decoder(Parts(config, dtype=dtype, device=device, kernels=kernels), range(config.layers)).eval()
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False).zero_()  # padding rows are in no file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.config import RunConfig
 from engine.data import open_samples
-from engine.data.batches import Batch, PretrainBatches
+from engine.data.batches import PretrainBatches, read
 from engine.data.samples import Samples
 from engine.errors import UserError
 from engine.mesh import Mesh
@@ -40,16 +40,17 @@ def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
     config = job.config
     samples = _open(config, "train")
     assert samples is not None
-    batches = PretrainBatches(samples, config.batch.global_batch, mesh.dp, mesh.size("dp"), origin)
+    batches = PretrainBatches(samples, config.batch.global_batch, mesh.dp, mesh.size("dp"), origin,
+                              config.data.mask_documents)
     held = _open(config, "valid")
     valid = None
     if held is not None and config.save.eval_samples:
-        rows = held.rows(0, min(config.save.eval_samples, held.epoch_size))
-        valid = Batch(rows[:, :-1], rows[:, 1:])
+        valid = read(held, 0, min(config.save.eval_samples, held.epoch_size), config.data.mask_documents)
     epochs = config.batch.steps * config.batch.global_batch / samples.epoch_size
     kept = f"held back: {held.tokens:,} tokens" if held else "nothing held back"
     summary = (f"data: {samples.tokens:,} tokens, {samples.epoch_size:,} samples an epoch, {epochs:.2f} epochs in "
-               f"{config.batch.steps} steps; {kept}")
+               f"{config.batch.steps} steps; {kept}"
+               f"{'; attention within documents' if config.data.mask_documents else ''}")
     return Feed(batches, valid, summary)
 
 

@@ -23,6 +23,7 @@ from engine.config.flags import parse_values
 from engine.data.batches import Batch
 from engine.errors import UserError
 from engine.kernels.cross_entropy import IGNORE
+from engine.kernels.dispatch import Kernels
 from engine.mesh import AXES, Mesh, build_mesh
 from engine.model.shapes import logical_shapes
 from engine.parallel.sharding import Entry, pieces, shard_of
@@ -75,10 +76,11 @@ def _verify(argv: Sequence[str]) -> int:
     timeout = job.config.runtime.timeout
     start_group(place, job.device, timeout, connect(place, timeout) if place.world > 1 else None)
     mesh = build_mesh(job.layout, place.rank, job.config.model.kv_heads, timedelta(seconds=timeout))
-    found = trace(job.config, mesh, job.device, job.dtype)
+    found = trace(job.config, mesh, job.device, job.dtype, job.kernels)
     verdict = torch.zeros((), device=job.device)
     if place.rank == 0:
-        wanted = trace(alone(job.config), Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), job.device, job.dtype)
+        wanted = trace(alone(job.config), Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), job.device, job.dtype,
+                       job.kernels)
         verdict += 0 if report(found, wanted, job.config, str(job.layout)) else 1
     if place.world > 1:
         dist.broadcast(verdict, 0)  # the others wait here while rank 0 trains alone
@@ -105,9 +107,10 @@ def alone(config: RunConfig) -> RunConfig:
     return replace(config, parallel=ParallelConfig())
 
 
-def trace(config: RunConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Trace:
+def trace(config: RunConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype,
+          kernels: Kernels | None = None) -> Trace:
     """Trains from the initial weights to the last step; called by every rank of the mesh."""
-    engine = Engine(config, mesh, device, dtype)
+    engine = Engine(config, mesh, device, dtype, kernels)
     engine.initialize()
     weights = gather(local_weights(engine), config, mesh)
     engine.optimizer.config = replace(config.optimizer, clip=0.0)  # a clipped shard would not be the gradient
@@ -133,7 +136,8 @@ def make_batch(config: RunConfig, step: int, dp_rank: int, dp: int) -> Batch:
     labels = rows[:, 1:].copy()
     labels[rng.random(labels.shape) < np.linspace(0, 0.5, len(rows))[:, None]] = IGNORE
     share = slice(dp_rank * len(rows) // dp, (dp_rank + 1) * len(rows) // dp)
-    return Batch(rows[share, :-1], labels[share])
+    begins = rng.random(labels.shape) < 0.2 if config.data.mask_documents else None
+    return Batch(rows[share, :-1], labels[share], None if begins is None else begins[share])
 
 
 def local_weights(engine: Engine) -> list[Entry]:

@@ -77,7 +77,8 @@ CHOICES = (
     ("optimizer", "decay", ("cosine", "linear", "constant")),
     ("runtime", "dtype", ("auto", "fp64", "fp32", "bf16")),
     ("runtime", "device", ("auto", "cpu", "cuda")),
-    ("runtime", "attention", ("sdpa", "reference")),
+    ("runtime", "kernels", ("auto", "triton", "torch", "apex")),
+    ("runtime", "attention", ("auto", "triton", "sdpa", "reference")),
     ("data", "chat_template", ("chatml",)),
 )
 

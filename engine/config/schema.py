@@ -118,6 +118,8 @@ class DataConfig:
     """Held-back data of the same kind."""
     split: float = 0.0
     """Share of --data's documents (the last ones) held back for evaluation when --valid-data is not given."""
+    mask_documents: bool = False
+    """In pretraining, a token attends to its own document only, not to those packed before it into the sample."""
     tokenizer: str = ""
     """Folder or file of the tokenizer; saved with every checkpoint."""
     chat_template: str = "chatml"
@@ -156,8 +158,10 @@ class RuntimeConfig:
     """fp64, fp32 or bf16 (fp32 main gradients and master weights); auto is bf16 on CUDA and fp32 on CPU."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    attention: str = "sdpa"
-    """sdpa (torch's fused attention) or reference (plain softmax)."""
+    kernels: str = "auto"
+    """triton (ours), torch, or apex (norms by NVIDIA Apex, the rest as auto); auto is triton on CUDA, torch on CPU."""
+    attention: str = "auto"
+    """triton (ours), sdpa (torch's fused attention) or reference (plain softmax); auto follows --kernels."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass."""
     timeout: float = 300.0

@@ -10,10 +10,24 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens and labels [sequences, seq], int64; label i is the token after token i, or -100 where not supervised."""
+    """tokens and labels [sequences, seq], int64; label i is the token after token i, or -100 where not supervised.
+
+    begins [sequences, seq], bool: where a document begins, for attention that stays within documents; None where it
+    does not."""
 
     tokens: np.ndarray
     labels: np.ndarray
+    begins: np.ndarray | None = None
+
+    def cumulative(self, micro_batch: int, padded: int) -> list[np.ndarray] | None:
+        """For each micro-batch the cumulative lengths of its documents over its flattened tokens, int32 [documents +
+        1], when every sequence is filled up to `padded` tokens; a sequence begins a document."""
+        if self.begins is None:
+            return None
+        begins = np.pad(self.begins, ((0, 0), (0, padded - self.begins.shape[1])))
+        begins[:, 0] = True
+        parts = [begins[i : i + micro_batch].reshape(-1) for i in range(0, len(begins), micro_batch)]
+        return [np.append(np.flatnonzero(part), len(part)).astype(np.int32) for part in parts]
 
 
 class Batches(Protocol):
@@ -31,12 +45,17 @@ class Rows(Protocol):
         """[count, seq_len + 1] tokens of samples start .. start + count - 1."""
         ...
 
+    def begins(self, start: int, count: int) -> np.ndarray:
+        """[count, seq_len + 1], bool: which of those tokens begin a document."""
+        ...
+
 
 @dataclass(frozen=True)
 class PretrainBatches:
     """Samples k = origin + step * global_batch ... of a corpus; rank r of dp takes the r-th equal part of them.
 
     `origin` is 0 unless a run was resumed with another global batch: then it makes up for the steps before.
+    `documents`: say where documents begin.
     """
 
     samples: Rows
@@ -44,11 +63,17 @@ class PretrainBatches:
     dp_rank: int = 0
     dp: int = 1
     origin: int = 0
+    documents: bool = False
 
     def step(self, step: int) -> Batch:
         share = self.global_batch // self.dp
-        rows = self.samples.rows(self.origin + step * self.global_batch + self.dp_rank * share, share)
-        return Batch(rows[:, :-1], rows[:, 1:])
+        return read(self.samples, self.origin + step * self.global_batch + self.dp_rank * share, share, self.documents)
+
+
+def read(samples: Rows, start: int, count: int, documents: bool) -> Batch:
+    """Samples start .. start + count - 1 as a batch; with `documents` it says where documents begin."""
+    rows = samples.rows(start, count)
+    return Batch(rows[:, :-1], rows[:, 1:], samples.begins(start, count)[:, :-1] if documents else None)
 
 
 def share_of(batch: Batch, dp_rank: int, dp: int) -> Batch:
@@ -56,5 +81,6 @@ def share_of(batch: Batch, dp_rank: int, dp: int) -> Batch:
     more = -len(batch.tokens) % dp
     tokens = np.pad(batch.tokens, ((0, more), (0, 0)))
     labels = np.pad(batch.labels, ((0, more), (0, 0)), constant_values=-100)
+    begins = None if batch.begins is None else np.pad(batch.begins, ((0, more), (0, 0)))
     rows = slice(dp_rank * len(tokens) // dp, (dp_rank + 1) * len(tokens) // dp)
-    return Batch(tokens[rows], labels[rows])
+    return Batch(tokens[rows], labels[rows], None if begins is None else begins[rows])

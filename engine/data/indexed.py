@@ -132,6 +132,13 @@ class IndexedDataset:
             )
         return start
 
+    def documents_between(self, start: int, stop: int) -> np.ndarray:
+        """Where in `tokens` documents begin, of those that begin in [start, stop): int64, ascending. An empty document
+        begins where the next one does. Binary search: only the index' entries on its way are read."""
+        low, high = np.searchsorted(self.pointers, np.array([start, stop]) * self.dtype.itemsize)
+        first, last = np.searchsorted(self.document_index[:-1], [low, high])
+        return self.pointers[self.document_index[first:last]] // self.dtype.itemsize
+
     def document(self, document: int) -> np.ndarray:
         """The tokens of one document, a view of the file [length]. Raises UserError when the index is broken there."""
         if not 0 <= document < self.documents:

@@ -9,6 +9,7 @@ token is lost at the ends. The order within an epoch is a bijection computed by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,10 @@ class Samples(Protocol):
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Samples start .. start + count - 1, int64 [count, seq_len + 1]; epochs roll on."""
+        ...
+
+    def begins(self, start: int, count: int) -> np.ndarray:
+        """Which of those tokens begin a document, bool [count, seq_len + 1]."""
         ...
 
 
@@ -111,9 +116,24 @@ class CorpusSamples:
             check_ids(out, self.vocab_size, self.corpus.prefix)
         return out
 
+    def begins_at(self, ks: np.ndarray) -> np.ndarray:
+        """Which tokens of the samples ks [n] begin a document, bool [n, seq_len + 1]."""
+        out = np.zeros((len(ks), self.seq_len + 1), bool)
+        for row, position in zip(out, self.starts(ks), strict=True):
+            begin = self.start + int(position)
+            head = min(self.seq_len + 1, self.stop - begin)
+            row[self.corpus.documents_between(begin, begin + head) - begin] = True
+            more = self.seq_len + 1 - head
+            row[head + self.corpus.documents_between(self.start, self.start + more) - self.start] = True
+        return out
+
     def rows(self, start: int, count: int) -> np.ndarray:
         """Samples start .. start + count - 1, int64 [count, seq_len + 1]."""
         return self.at(_span(start, count))
+
+    def begins(self, start: int, count: int) -> np.ndarray:
+        """Which of those tokens begin a document, bool [count, seq_len + 1]."""
+        return self.begins_at(_span(start, count))
 
 
 class BlendSamples:
@@ -126,12 +146,21 @@ class BlendSamples:
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Samples start .. start + count - 1, int64 [count, seq_len + 1]."""
+        return self._gather(start, count, CorpusSamples.at, np.int64)
+
+    def begins(self, start: int, count: int) -> np.ndarray:
+        """Which of those tokens begin a document, bool [count, seq_len + 1]."""
+        return self._gather(start, count, CorpusSamples.begins_at, bool)
+
+    def _gather(self, start: int, count: int, read: Callable[[CorpusSamples, np.ndarray], np.ndarray],
+                dtype: type) -> np.ndarray:
+        """What `read` gives for the samples, each from its own corpus."""
         source, index = self.blend.locate(_span(start, count))
-        out = np.empty((count, self.corpora[0].seq_len + 1), np.int64)
+        out: np.ndarray = np.empty((count, self.corpora[0].seq_len + 1), dtype)
         for number, corpus in enumerate(self.corpora):
             mine = source == number
             if mine.any():
-                out[mine] = corpus.at(index[mine])
+                out[mine] = read(corpus, index[mine])
         return out
 
 

@@ -82,7 +82,7 @@ def engine_logits(config: ModelConfig, source: TensorSource, ids: torch.Tensor, 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(DTYPES[dtype or "fp32"]))
-        return model(ids)[..., : config.vocab_size]  # type: ignore[no-any-return]
+        return model.logits(model(ids))[..., : config.vocab_size]  # type: ignore[no-any-return]
 
 
 def hf_logits(folder: Path, ids: torch.Tensor, dtype: str | None) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Attention(nn.Module):
     def __init__(self, name: str, parts: Parts) -> None:
         super().__init__()
         config, tp = parts.config, parts.tp
-        self.implementation = parts.attention
+        self.kernels = parts.kernels
         self.head_dim = config.head_dim
         self.heads = tp.share(config.heads)
         self.kv_heads = max(1, tp.share(config.kv_heads))
@@ -35,7 +35,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(f"{name}.q_norm", config.head_dim, parts, partial=True) if config.qk_norm else None
         self.k_norm = RMSNorm(f"{name}.k_norm", config.head_dim, parts, partial=True) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, cache: LayerCache | None = None,
+                documents: torch.Tensor | None = None) -> torch.Tensor:
         qkv = self.qkv(x)
         batch, seq, _ = qkv.shape
         qkv = qkv.view(batch, seq, -1, self.head_dim)  # [batch, seq, (heads + 2 kv_heads) / tp, head_dim]
@@ -43,12 +44,13 @@ class Attention(nn.Module):
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
             qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2)
         if rope is not None:
-            q, k, v = rope_split(qkv, *rope, self.heads, self.kv_heads)  # [batch, heads/tp, seq, head_dim]
+            q, k, v = rope_split(  # [batch, heads/tp, seq, head_dim]
+                qkv, *rope, self.heads, self.kv_heads, by=self.kernels.rope)
         else:
             q, k, v = qkv.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attention(q, k, v, implementation=self.implementation)  # [batch, heads/tp, seq, head_dim]
+        y = attention(q, k, v, cumulative=documents, by=self.kernels.attention)  # [batch, heads/tp, seq, head_dim]
         return self.out(y.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]
 
 

@@ -9,20 +9,24 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.kernels.cross_entropy import cross_entropy
 from engine.kernels.rope import rope_table
 from engine.model.attention import Attention, Rope
 from engine.model.cache import LayerCache
 from engine.model.mlp import MLP
-from engine.model.parts import Parts, make_norm
+from engine.model.parts import Norm, Parts, add_and_norm, make_norm
 from engine.parallel.layers import VocabParallelEmbedding, VocabParallelHead, vocab_parameter
 from engine.parallel.sharding import Shard, make_parameter, whole
 
 EMBEDDING = "model.embed_tokens.weight"
 
 
+Residual = tuple[torch.Tensor, torch.Tensor | None]
+"""The residual stream as a sum not yet made: the next norm makes it, in one kernel."""
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Takes and gives the residual stream as (x, branch), worth their
+    sum [batch, seq or seq/tp, hidden]."""
 
     def __init__(self, layer: int, parts: Parts) -> None:
         super().__init__()
@@ -33,15 +37,25 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(f"{name}.post_attention_layernorm", parts)
         self.mlp = MLP(f"{name}.mlp", parts)
 
-    def forward(self, x: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, branch: torch.Tensor | None, rope: Rope,
+                cache: LayerCache | None = None, documents: torch.Tensor | None = None) -> Residual:
         if self.recompute and torch.is_grad_enabled():
-            return cast(torch.Tensor, checkpoint(self.run, x, rope, use_reentrant=False, preserve_rng_state=False))
-        return self.run(x, rope, cache)
+            # The sum is made here, so that one tensor a block is kept and not two.
+            return cast(Residual, checkpoint(self.run, sum_of(x, branch), None, rope, None, documents,
+                                             use_reentrant=False, preserve_rng_state=False))
+        return self.run(x, branch, rope, cache, documents)
 
-    def run(self, x: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
+    def run(self, x: torch.Tensor, branch: torch.Tensor | None, rope: Rope,
+            cache: LayerCache | None = None, documents: torch.Tensor | None = None) -> Residual:
         """The block itself; with --recompute, what the backward pass runs again."""
-        x = x + self.attention(self.attention_norm(x), rope, cache)
-        return cast(torch.Tensor, x + self.mlp(self.mlp_norm(x)))
+        y, x = add_and_norm(self.attention_norm, x, branch)
+        y, x = add_and_norm(self.mlp_norm, x, self.attention(y, rope, cache, documents))
+        return x, self.mlp(y)
+
+
+def sum_of(x: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+    """The residual stream itself."""
+    return x if branch is None else x + branch
 
 
 class Embedding(nn.Module):
@@ -72,7 +86,9 @@ class Decoder(nn.Module):
     """Layers `layers` of the model, with the embedding if `first` and the final norm and head if `last`.
 
     Forward: token ids [batch, seq] on the first stage, activations [batch, seq or seq/tp, hidden] on the others; gives
-    activations, or logits [batch, seq, vocab/tp] on the last stage.
+    activations, normed for the head on the last stage. There `loss` makes losses and gradients of them, in one go and
+    without ever holding all the logits, and `logits` the logits. `documents` [documents + 1]: the cumulative lengths,
+    over the batch's flattened tokens, of the documents that attention keeps within.
     """
 
     def __init__(self, parts: Parts, layers: Sequence[int], *, first: bool = True, last: bool = True) -> None:
@@ -84,11 +100,11 @@ class Decoder(nn.Module):
         weight = self._vocab(EMBEDDING, primary=True) if first else None
         self.embedding = Embedding(weight, parts) if weight is not None else None
         self.blocks = nn.ModuleList(Block(layer, parts) for layer in layers)
-        self.norm = make_norm("model.norm", parts) if last else None
+        self.norm: Norm | None = make_norm("model.norm", parts) if last else None
         self.head: VocabParallelHead | None = None
         if last:
             shared = weight if config.tied and weight is not None else self._vocab(head_name, primary=not config.tied)
-            self.head = VocabParallelHead(shared, parts.tp)
+            self.head = VocabParallelHead(shared, parts.tp, config.vocab_size, parts.kernels.loss)
 
     def _vocab(self, name: str, primary: bool) -> nn.Parameter:
         parts = self.parts
@@ -99,18 +115,35 @@ class Decoder(nn.Module):
             primary=primary, dtype=parts.dtype, device=parts.device)
 
     def forward(self, x: torch.Tensor, *, position: int = 0,
-                caches: Sequence[LayerCache] | None = None) -> torch.Tensor:
+                caches: Sequence[LayerCache] | None = None, documents: torch.Tensor | None = None) -> torch.Tensor:
         if self.embedding is not None:
             seq = x.shape[1]
             x = self.embedding(x, position)
         else:
             seq = x.shape[1] * (self.parts.tp.size if self.parts.tp.sequence else 1)
         rope = self._rope(position, seq)
+        branch: torch.Tensor | None = None
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, caches[i] if caches is not None else None)
-        if self.norm is not None and self.head is not None:
-            x = self.head(self.norm(x))
-        return x
+            x, branch = block(x, branch, rope, caches[i] if caches is not None else None, documents)
+        return sum_of(x, branch) if self.norm is None else add_and_norm(self.norm, x, branch)[0]
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, seq, vocab/tp] of the last stage's activations [batch, seq or seq/tp, hidden]."""
+        assert self.head is not None
+        return cast(torch.Tensor, self.head(x))
+
+    def loss(self, x: torch.Tensor, labels: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [batch * seq] of the last stage's activations, 0 where not supervised, and the gradient of
+        `scale` times their sum for x; the head's own gradient goes to its bucket. labels [batch, seq]."""
+        assert self.head is not None
+        losses, grad = self.head.loss(x, labels, scale)
+        assert grad is not None
+        return losses, grad
+
+    def losses(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The same losses alone, for evaluation."""
+        assert self.head is not None
+        return self.head.loss(x, labels, None)[0]
 
     def _rope(self, position: int, seq: int) -> Rope:
         config = self.parts.config
@@ -124,13 +157,6 @@ class Decoder(nn.Module):
         parts = self.parts
         part = parts.tp.share(seq) if parts.tp.sequence else seq
         return torch.empty(batch, part, parts.config.hidden, dtype=parts.dtype, device=parts.device)
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Loss of each token [batch * seq], 0 where not supervised; uses up the logits [batch, seq, vocab/tp]."""
-        tp = self.parts.tp
-        columns = logits.shape[-1]
-        return cross_entropy(logits.reshape(-1, columns), labels.reshape(-1), first=tp.rank * columns,
-                             vocab=self.parts.config.vocab_size, group=tp.group)
 
 
 def stage_layers(layers: int, stages: int) -> list[range]:

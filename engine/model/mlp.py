@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.kernels.activation import gelu, swiglu
+from engine.kernels.activation import bias_gelu, swiglu
 from engine.model.parts import Parts
 from engine.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from engine.parallel.sharding import Member, split_rows
@@ -17,7 +17,8 @@ class MLP(nn.Module):
     def __init__(self, name: str, parts: Parts) -> None:
         super().__init__()
         config = parts.config
-        self.activation = gelu if config.family == "gpt2" else swiglu
+        self.gelu = config.family == "gpt2"
+        self.by = parts.kernels.activation
         projections = ("up_proj",) if config.family == "gpt2" else ("gate_proj", "up_proj")
         self.up = ColumnParallelLinear(
             _stack(name, projections, "weight", parts, (config.hidden,)),
@@ -28,7 +29,11 @@ class MLP(nn.Module):
             tp=parts.tp, dtype=parts.dtype, device=parts.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+        if self.gelu:
+            y = bias_gelu(self.up(x), None, by=self.by)
+        else:
+            y = swiglu(self.up(x), by=self.by)
+        return self.down(y)  # type: ignore[no-any-return]
 
 
 def _stack(name: str, projections: tuple[str, ...], kind: str, parts: Parts,

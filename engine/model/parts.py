@@ -10,7 +10,8 @@ from torch import nn
 
 from engine.config import ModelConfig
 from engine.config.check import VOCAB_MULTIPLE
-from engine.kernels.norm import layer_norm, rms_norm
+from engine.kernels.dispatch import Kernels
+from engine.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.layers import replicated
 
@@ -23,7 +24,7 @@ class Parts:
     tp: TensorParallel = field(default_factory=TensorParallel)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    attention: str = "sdpa"
+    kernels: Kernels = field(default_factory=Kernels)
     recompute: bool = False
 
     @property
@@ -49,10 +50,15 @@ class RMSNorm(nn.Module):
     def __init__(self, name: str, size: int, parts: Parts, partial: bool | None = None) -> None:
         super().__init__()
         self.eps = parts.config.norm_eps
+        self.by = parts.kernels.norm
         self.weight = replicated(f"{name}.weight", size, 1.0, parts.tp, parts.dtype, parts.device, partial)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, by=self.by)  # type: ignore[no-any-return]
+
+    def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """norm(x + branch), and x + branch."""
+        return add_rms_norm(x, branch, self.weight, self.eps, by=self.by)  # type: ignore[no-any-return]
 
 
 class LayerNorm(nn.Module):
@@ -61,14 +67,27 @@ class LayerNorm(nn.Module):
     def __init__(self, name: str, size: int, parts: Parts) -> None:
         super().__init__()
         self.eps = parts.config.norm_eps
+        self.by = parts.kernels.norm
         self.weight = replicated(f"{name}.weight", size, 1.0, parts.tp, parts.dtype, parts.device)
         self.bias = replicated(f"{name}.bias", size, 0.0, parts.tp, parts.dtype, parts.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, by=self.by)  # type: ignore[no-any-return]
+
+    def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """norm(x + branch), and x + branch."""
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps, by=self.by)  # type: ignore[no-any-return]
 
 
-def make_norm(name: str, parts: Parts) -> nn.Module:
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(name: str, parts: Parts) -> Norm:
     """The family's norm over the residual stream."""
     kind = LayerNorm if parts.config.family == "gpt2" else RMSNorm
     return kind(name, parts.config.hidden, parts)
+
+
+def add_and_norm(norm: Norm, x: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x + branch), x + branch), the branch being absent at the model's first block."""
+    return (norm(x), x) if branch is None else norm.add(x, branch)

@@ -98,17 +98,19 @@ class GradientBuckets:
     """The buckets of one model chunk, and when they are reduced.
 
     Reduction starts by itself during the step's last backward pass, bucket by bucket as gradients become complete:
-    call `expect_last_backward` before it, `finish` after it.
+    call `expect_last_backward` before it, `finish` after it. `wide_products`: the device multiplies bf16 straight into
+    the fp32 gradient.
     """
 
     def __init__(self, model: nn.Module, *, dp: Group = None, dp_rank: int = 0, dp_size: int = 1,
-                 limit: int = BUCKET_ELEMENTS) -> None:
+                 limit: int = BUCKET_ELEMENTS, wide_products: bool = False) -> None:
         self.buckets = [self._build(group, dp, dp_rank, dp_size) for group in _group(model.parameters(), limit)]
         self.armed = False
         for bucket in self.buckets:
             for slot in bucket.slots:
                 slot.parameter.register_post_accumulate_grad_hook(collect)
                 slot.parameter.on_grad = _OnGrad(self, bucket)  # type: ignore[attr-defined]
+                slot.parameter.wide_products = wide_products  # type: ignore[attr-defined]
         self.start_step()
 
     @staticmethod

@@ -23,17 +23,26 @@ Message = tuple[Kind, int, int]
 """(kind, micro-batch, global stage it is for)."""
 
 
+Documents = Sequence[torch.Tensor] | None
+"""For each micro-batch the cumulative lengths of its documents, int32 [documents + 1]."""
+
+
 class Stage(Protocol):
     """What the executor asks of a model: a part of it, told whether it is the last."""
 
     last: bool
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Token ids or activations -> activations, or logits on the last stage."""
+    def __call__(self, x: torch.Tensor, *, documents: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids or activations -> activations; `documents`: the cumulative lengths attention keeps within."""
         ...
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of each token, 0 where not supervised."""
+    def loss(self, x: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each token from the last stage's activations, 0 where not supervised, and the gradient of
+        `scale` times their sum for x."""
+        ...
+
+    def losses(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The losses alone."""
         ...
 
     def boundary(self, batch: int, seq: int) -> torch.Tensor:
@@ -89,7 +98,8 @@ class Executor:
         self.schedule = lru_cache(8)(lambda micros: build_schedule(schedule, self.stages, virtual, micros)[mesh.pp])
         self.forward_schedule = lru_cache(8)(lambda micros: forward_only(self.stages, virtual, micros)[mesh.pp])
 
-    def train(self, tokens: torch.Tensor, labels: torch.Tensor, micro_batch: int, total: int) -> torch.Tensor:
+    def train(self, tokens: torch.Tensor, labels: torch.Tensor, micro_batch: int, total: int,
+              documents: Documents = None) -> torch.Tensor:
         """Forward and backward of a step; gradients are left, summed over dp, in the buckets.
 
         tokens, labels [sequences, seq]. The loss is divided by `total`, the supervised tokens of the global batch.
@@ -98,7 +108,7 @@ class Executor:
         for chunk in self.chunks:
             assert chunk.buckets is not None
             chunk.buckets.start_step()
-        run = _Run(self, tokens.split(micro_batch), labels.split(micro_batch), total)
+        run = _Run(self, tokens.split(micro_batch), labels.split(micro_batch), total, documents)
         run.execute(self.schedule(len(run.tokens)))
         for chunk in self.chunks:
             assert chunk.buckets is not None
@@ -106,9 +116,10 @@ class Executor:
         return run.loss
 
     @torch.no_grad()
-    def evaluate(self, tokens: torch.Tensor, labels: torch.Tensor, micro_batch: int) -> torch.Tensor:
+    def evaluate(self, tokens: torch.Tensor, labels: torch.Tensor, micro_batch: int,
+                 documents: Documents = None) -> torch.Tensor:
         """The sum of this rank's token losses (0 but on the last stage), forward only."""
-        run = _Run(self, tokens.split(micro_batch), labels.split(micro_batch), 1)
+        run = _Run(self, tokens.split(micro_batch), labels.split(micro_batch), 1, documents)
         run.execute(self.forward_schedule(len(run.tokens)))
         return run.loss
 
@@ -117,8 +128,9 @@ class _Run:
     """The state of one step: activations alive, messages under way, the loss so far."""
 
     def __init__(self, executor: Executor, tokens: Sequence[torch.Tensor], labels: Sequence[torch.Tensor],
-                 total: int) -> None:
+                 total: int, documents: Documents) -> None:
         self.executor = executor
+        self.documents = documents
         self.tokens, self.labels = tokens, labels
         self.total = total
         self.traffic = _Traffic(in_flight=executor.last_stage + 2)
@@ -149,13 +161,11 @@ class _Run:
             x = self.tokens[action.micro]
         else:
             x = self._receive(Kind.F, action.micro, chunk.stage).requires_grad_(torch.is_grad_enabled())
-        y = chunk.model(x)
-        if chunk.model.last:
-            losses = chunk.model.loss(y, self.labels[action.micro])
-            y = losses.sum()
-            self.loss += y.detach()
-        else:
+        y = chunk.model(x, documents=None if self.documents is None else self.documents[action.micro])
+        if not chunk.model.last:
             self._send(Kind.F, action.micro, chunk.stage + 1, y.detach())
+        elif not torch.is_grad_enabled():
+            self.loss += chunk.model.losses(y, self.labels[action.micro]).sum()
         if torch.is_grad_enabled():
             self.inputs[key], self.outputs[key] = x, y
 
@@ -163,8 +173,9 @@ class _Run:
         chunk = self.executor.chunks[action.chunk]
         key = (action.micro, action.chunk)
         x, y = self.inputs.pop(key), self.outputs.pop(key)
-        if chunk.model.last:
-            grad = torch.full_like(y, 1.0 / self.total)
+        if chunk.model.last:  # the head computes loss and gradients together, so it runs now
+            losses, grad = chunk.model.loss(y.detach(), self.labels[action.micro], 1.0 / self.total)
+            self.loss += losses.sum()
         else:
             grad = self._receive(Kind.B, action.micro, chunk.stage)
         torch.autograd.backward(y, grad)

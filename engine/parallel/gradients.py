@@ -8,35 +8,61 @@ import torch
 def accumulate_product(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """Adds grad^T x, the gradient of a linear layer's weight, into `weight.main_grad`; returns it when there is none.
 
-    grad [tokens, outputs], x [tokens, inputs]. In the bucket's own dtype the product is accumulated in place.
+    grad [tokens, outputs], x [tokens, inputs].
     """
-    main = getattr(weight, "main_grad", None)
-    if main is None:
+    if getattr(weight, "main_grad", None) is None:
         return grad.t() @ x
+    add_product(weight, grad, x)
+    done(weight)
+    return None
+
+
+def add_product(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds grad^T x into `weight.main_grad`; the weight's gradient of this backward pass may have more parts, so call
+    `done` after the last.
+
+    In the bucket's own dtype, and where the bucket says so (`wide_products`) from bf16 to its fp32 too, the product is
+    accumulated in place; else it is made first and added.
+    """
+    main: torch.Tensor | None = getattr(weight, "main_grad", None)
+    if main is None:  # no bucket: as plain autograd would
+        product = grad.t() @ x
+        weight.grad = product if weight.grad is None else weight.grad.add_(product)
+        return
+    # beta 0 on the step's first gradient: what the bucket held before is overwritten, so it is never zeroed.
+    beta = 0 if weight.grad_empty else 1  # type: ignore[attr-defined]
     if main.dtype == grad.dtype:
-        # beta 0 on the step's first gradient: what the bucket held before is overwritten, so it is never zeroed.
-        torch.addmm(main, grad.t(), x, beta=0 if weight.grad_empty else 1, out=main)  # type: ignore[attr-defined]
-        _done(weight)
-        return None
-    return accumulate(weight, grad.t() @ x)
+        torch.addmm(main, grad.t(), x, beta=beta, out=main)
+        weight.grad_empty = False  # type: ignore[attr-defined]
+    elif weight.wide_products:  # type: ignore[attr-defined]
+        torch.addmm(main, grad.t(), x, out_dtype=main.dtype, beta=beta, out=main)
+        weight.grad_empty = False  # type: ignore[attr-defined]
+    else:
+        _add(weight, grad.t() @ x)
 
 
 def accumulate(parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
     """Adds `grad` into `parameter.main_grad`; returns it when the parameter has no bucket."""
-    main = getattr(parameter, "main_grad", None)
-    if main is None:
+    if getattr(parameter, "main_grad", None) is None:
         return grad
+    _add(parameter, grad)
+    done(parameter)
+    return None
+
+
+def _add(parameter: torch.Tensor, grad: torch.Tensor) -> None:
+    main: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
     if parameter.grad_empty:  # type: ignore[attr-defined]
         main.copy_(grad)
     else:
         main.add_(grad)
-    _done(parameter)
-    return None
-
-
-def _done(parameter: torch.Tensor) -> None:
     parameter.grad_empty = False  # type: ignore[attr-defined]
-    parameter.on_grad()  # type: ignore[attr-defined]
+
+
+def done(parameter: torch.Tensor) -> None:
+    """Says that the parameter's gradient of this backward pass is complete."""
+    if hasattr(parameter, "on_grad"):
+        parameter.on_grad()
 
 
 def collect(parameter: torch.Tensor) -> None:

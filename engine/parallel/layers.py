@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.kernels.linear_cross_entropy import linear_cross_entropy
 from engine.parallel.collectives import (
     TensorParallel,
     all_gather_sequence,
@@ -20,7 +21,7 @@ from engine.parallel.collectives import (
     start_reduce_scatter_sequence,
 )
 from engine.parallel.comm import Pending
-from engine.parallel.gradients import accumulate, accumulate_product
+from engine.parallel.gradients import accumulate, accumulate_product, add_product, done
 from engine.parallel.sharding import Member, Shard, make_parameter, split_columns, split_rows, whole
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -160,15 +161,77 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """The output projection with its rows split over tp: [batch, seq or seq/tp, hidden] -> [batch, seq, vocab/tp]."""
+    """The output projection with its rows split over tp: [batch, seq or seq/tp, hidden] -> [batch, seq, vocab/tp].
 
-    def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
+    `vocab` is the true size of the vocabulary, `by` the implementation of the loss.
+    """
+
+    def __init__(self, weight: nn.Parameter, tp: TensorParallel, vocab: int, by: str) -> None:
         super().__init__()
         self.tp = tp
         self.weight = weight
+        self.vocab = vocab
+        self.by = by
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _ColumnLinear.apply(x, self.weight, None, self.tp)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def loss(self, x: torch.Tensor, labels: torch.Tensor,
+             scale: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss of each token [batch * seq], 0 where not supervised, and the gradient of `scale` times their sum for x
+        [batch, seq or seq/tp, hidden]; the weight's gradient is added into its bucket. A scale of None: losses alone.
+        """
+        tp = self.tp
+        gathered = tp.sequence and tp.group is not None
+        full = all_gather_sequence(x, tp) if gathered else x
+        training = scale is not None
+        reduction = _InputGradient(tp, full.shape)
+
+        def add_weight_grad(logits_grad: torch.Tensor, rows: torch.Tensor, grad: torch.Tensor | None) -> None:
+            assert grad is not None
+            reduction.start(grad)  # the other ranks' sums travel while the weight's gradient is computed
+            add_product(self.weight, logits_grad, rows)
+
+        losses, grad = linear_cross_entropy(
+            full.reshape(-1, full.shape[-1]), self.weight, labels.reshape(-1), scale=scale or 0.0,
+            first=tp.rank * self.weight.shape[0], vocab=self.vocab, group=tp.group, by=self.by, grad_x=training,
+            add_weight_grad=add_weight_grad if training else None)
+        if grad is None:
+            return losses, None
+        done(self.weight)
+        return losses, reduction.finish(grad)
+
+
+class _InputGradient:
+    """The sum over tp of the gradient of a column-parallel input that is computed in chunks of tokens."""
+
+    def __init__(self, tp: TensorParallel, shape: torch.Size) -> None:
+        self.tp = tp
+        self.shape = shape
+        self.pending: list[Pending] = []
+        self.mine: torch.Tensor | None = None
+
+    def start(self, rows: torch.Tensor) -> None:
+        """Begins the sum of the rows just computed: an all-reduce of any chunk; a reduce-scatter of the whole alone."""
+        if self.tp.group is None:
+            return
+        if not self.tp.sequence:
+            self.pending.append(self.tp.group.start_all_reduce_(rows))
+        elif rows.numel() == self.shape.numel():
+            self._scatter(rows)
+
+    def finish(self, grad: torch.Tensor) -> torch.Tensor:
+        """The sum, or this rank's part of the sequence of it."""
+        if self.tp.group is not None and self.tp.sequence and self.mine is None:
+            self._scatter(grad)
+        for pending in self.pending:
+            pending.wait()
+        return grad.view(self.shape) if self.mine is None else self.mine
+
+    def _scatter(self, rows: torch.Tensor) -> None:
+        self.mine, pending = start_reduce_scatter_sequence(rows.view(self.shape), self.tp)
+        self.pending.append(pending)
 
 
 def vocab_parameter(name: str, vocab: int, padded: int, hidden: int, *, std: float, tp: TensorParallel, tied: bool,

@@ -14,6 +14,7 @@ import torch
 
 from engine.config import OptimizerConfig
 from engine.kernels.adamw import adamw_
+from engine.kernels.gradient_norm import sum_of_squares
 from engine.mesh import Mesh
 from engine.parallel.buckets import Bucket, GradientBuckets
 from engine.parallel.sharding import Entry, pieces, shard_of
@@ -32,8 +33,10 @@ class Moments:
 class ShardedAdamW:
     """AdamW over the shards of all buckets of this rank."""
 
-    def __init__(self, chunks: Sequence[GradientBuckets], config: OptimizerConfig, mesh: Mesh) -> None:
+    def __init__(self, chunks: Sequence[GradientBuckets], config: OptimizerConfig, mesh: Mesh,
+                 by: str = "torch") -> None:
         self.config = config
+        self.by = by
         self.mesh = mesh
         self.buckets = [bucket for chunk in chunks for bucket in chunk.buckets]
         self.moments = [_moments(bucket) for bucket in self.buckets]
@@ -51,21 +54,18 @@ class ShardedAdamW:
         scale = min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip > 0 else 1.0
         self.steps += 1
         for bucket, state in zip(self.buckets, self.moments, strict=True):
-            if scale < 1.0:
-                bucket.shard_grads.mul_(scale)
             adamw_(state.master, bucket.shard_grads, state.exp_avg, state.exp_avg_sq, step=self.steps, lr=lr,
                    beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.adam_eps,
-                   weight_decay=self.config.weight_decay if bucket.decay else 0.0)
-            if state.separate:
-                bucket.shard_data.copy_(state.master)
+                   weight_decay=self.config.weight_decay if bucket.decay else 0.0, scale=scale,
+                   out=bucket.shard_data if state.separate else None, by=self.by)
             bucket.gather()
         return norm
 
     def grad_norm(self) -> float:
         """The norm over the whole model, each logical element counted once (padding and copies left out)."""
-        squares = [bucket.shard_grads[span].norm().double().square()
-                   for bucket in self.buckets for piece, span in bucket.shard_pieces() if piece.member.primary]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        views = [bucket.shard_grads[span]
+                 for bucket in self.buckets for piece, span in bucket.shard_pieces() if piece.member.primary]
+        total = sum_of_squares(views, by=self.by) if views else torch.zeros((), dtype=torch.float64)
         world = self.mesh.group("world")
         if world is not None:
             total = total.to(self.buckets[0].grads.device)

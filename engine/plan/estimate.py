@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from engine.config import Layout, RunConfig
+from engine.kernels.dispatch import Kernels
 from engine.model import Decoder, Parts, stage_layers
 from engine.parallel.buckets import GradientBuckets
 from engine.parallel.collectives import TensorParallel
@@ -103,8 +104,10 @@ class Plan:
         return table(rows)
 
 
-def estimate(config: RunConfig, layout: Layout, dtype: torch.dtype, tracer: Tracer | None = None) -> Plan:
-    """The plan of a run in a layout; `tracer` may be shared between estimates to save work.
+def estimate(config: RunConfig, layout: Layout, dtype: torch.dtype, tracer: Tracer | None = None,
+             kernels: Kernels | None = None) -> Plan:
+    """The plan of a run in a layout with `kernels` (torch's if not given); `tracer` may be shared between estimates to
+    save work.
 
     Takes tp rank 0 for all: padding is part of every rank's matrices, so tp ranks of a stage are alike. Raises
     UserError for a schedule that cannot run these numbers.
@@ -113,13 +116,18 @@ def estimate(config: RunConfig, layout: Layout, dtype: torch.dtype, tracer: Trac
     micros = batch.global_batch // (batch.micro_batch * layout.dp)
     schedule = build_schedule(par.schedule, layout.pp, par.virtual_stages, micros)
     shape = Shape(model=config.model, dtype=dtype, tp=layout.tp, sequence_parallel=par.sequence_parallel,
-                  recompute=config.runtime.recompute, attention=config.runtime.attention,
+                  recompute=config.runtime.recompute, kernels=kernels or _torch_kernels(config),
                   micro_batch=batch.micro_batch, seq_len=batch.seq_len)
     spans = stage_layers(config.model.layers, layout.pp * par.virtual_stages)
     planner = _Planner(shape, layout, spans, tracer or Tracer())
     stages = tuple(planner.stage(rank, actions) for rank, actions in enumerate(schedule))
     return Plan(config, layout, dtype, parameters(config.model), flops_per_token(config.model, batch.seq_len),
                 batch.global_batch * batch.seq_len, micros, _bubble(shape, schedule, spans), stages)
+
+
+def _torch_kernels(config: RunConfig) -> Kernels:
+    """PyTorch's kernels, with the attention the config asks for."""
+    return Kernels(attention="reference" if config.runtime.attention == "reference" else "sdpa")
 
 
 def _bubble(shape: Shape, schedule: Schedule, spans: Sequence[range]) -> float:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config import ModelConfig
+from engine.kernels.dispatch import Kernels
 from engine.model import Decoder, Parts
 from engine.parallel.buckets import GradientBuckets
 from engine.parallel.collectives import TensorParallel
@@ -41,7 +42,7 @@ class Shape:
     tp: int
     sequence_parallel: bool
     recompute: bool
-    attention: str
+    kernels: Kernels
     micro_batch: int
     seq_len: int
 
@@ -82,10 +83,10 @@ class Tracer:
         if not shape.recompute:
             return Activations(one.kept + (layers - 1) * layer, max(one.working, two.working))
         # Each layer keeps its input alone; the rest of one layer comes back when its backward pass begins, and by then
-        # the head's part has gone.
+        # the head's part has gone, but for what it was given and the gradient of that.
         entry = shape.micro_batch * shape.seq_len * shape.model.hidden * shape.dtype.itemsize
         head = one.kept - self._trace(shape, 1, first, False).kept
-        again = layer - entry - head + self._trace(shape, 1, False, False).working
+        again = layer - entry - head + 2 * last * entry + self._trace(shape, 1, False, False).working
         return Activations(one.kept - layer + layers * entry, max(one.working, again))
 
     def _trace(self, shape: Shape, layers: int, first: bool, last: bool) -> Activations:
@@ -100,19 +101,21 @@ def trace(shape: Shape, layers: int, first: bool, last: bool) -> Activations:
 
     Neither sequence parallelism nor recomputation: `Tracer` derives both from this.
     """
-    parts = Parts(shape.model, TensorParallel(None, 0, shape.tp), shape.dtype, META, shape.attention)
+    parts = Parts(shape.model, TensorParallel(None, 0, shape.tp), shape.dtype, META, shape.kernels)
     model = Decoder(parts, range(layers), first=first, last=last)
-    buckets = GradientBuckets(model).buckets
+    buckets = GradientBuckets(model, wide_products=shape.kernels.wide_products).buckets
     size = (shape.micro_batch, shape.seq_len)
     known = [flat for bucket in buckets for flat in (bucket.data, bucket.grads)]
     with _without_compiler(), _FusedAttention(), Live(known) as memory:
         x = torch.empty(size if first else (*size, shape.model.hidden), dtype=torch.long if first else shape.dtype,
                         device=META, requires_grad=not first)
         y = model(x)
-        if last:
-            y = model.loss(y, torch.empty(size, dtype=torch.long, device=META)).sum()
         kept = memory.live
-        torch.autograd.backward(y, torch.empty_like(y))
+        if last:
+            _, grad = model.loss(y.detach(), torch.empty(size, dtype=torch.long, device=META))
+        else:
+            grad = torch.empty_like(y)
+        torch.autograd.backward(y, grad)
     return Activations(kept, memory.peak - kept)
 
 

@@ -14,6 +14,7 @@ from engine.config import RunConfig
 from engine.data.batches import Batch
 from engine.errors import UserError
 from engine.kernels.cross_entropy import IGNORE
+from engine.kernels.dispatch import Kernels
 from engine.mesh import Mesh
 from engine.model import Decoder, Parts, stage_layers
 from engine.parallel.buckets import GradientBuckets
@@ -46,24 +47,27 @@ class StepResult:
 class Engine:
     """Builds this rank's part of the model and trains it."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype,
+                 kernels: Kernels | None = None) -> None:
         self.config = config
         self.mesh = mesh
         self.device = device
         tp = TensorParallel(mesh.group("tp"), mesh.tp, mesh.size("tp"),
                             config.parallel.sequence_parallel and mesh.size("tp") > 1)
-        self.parts = Parts(config.model, tp, dtype, device, config.runtime.attention, config.runtime.recompute)
+        self.parts = Parts(config.model, tp, dtype, device, kernels or Kernels(), config.runtime.recompute)
         virtual = config.parallel.virtual_stages
         self.stages = stage_layers(config.model.layers, mesh.size("pp") * virtual)
         self.chunks: list[Chunk] = make_chunks(mesh, virtual, self._build)
         self.executor = Executor(self.chunks, mesh, config.parallel.schedule)
-        self.optimizer = ShardedAdamW([c.buckets for c in self.chunks if c.buckets], config.optimizer, mesh)
+        self.optimizer = ShardedAdamW([c.buckets for c in self.chunks if c.buckets], config.optimizer, mesh,
+                                      self.parts.kernels.optimizer)
         self.step = 0
 
     def _build(self, stage: int) -> tuple[Decoder, GradientBuckets]:
         first, last = stage == 0, stage == len(self.stages) - 1
         model = Decoder(self.parts, self.stages[stage], first=first, last=last)
-        buckets = GradientBuckets(model, dp=self.mesh.group("dp"), dp_rank=self.mesh.dp, dp_size=self.mesh.size("dp"))
+        buckets = GradientBuckets(model, dp=self.mesh.group("dp"), dp_rank=self.mesh.dp, dp_size=self.mesh.size("dp"),
+                                wide_products=self.parts.kernels.wide_products)
         return model, buckets
 
     def models(self) -> Iterator[Decoder]:
@@ -85,7 +89,8 @@ class Engine:
         total = self._supervised(labels)
         if total == 0:
             raise UserError(f"step {self.step + 1}: no token of the global batch is supervised; look at the labels")
-        loss_sum = self.executor.train(tokens, labels, self.config.batch.micro_batch, total)
+        loss_sum = self.executor.train(tokens, labels, self.config.batch.micro_batch, total,
+                                       self._documents(batch, tokens.shape[1]))
         lr = learning_rate(self.config.optimizer, self.step, self.config.batch.steps)
         loss, crc, stops = self._report(loss_sum, crc_of(batch), stop)
         norm = self.optimizer.step(lr) if math.isfinite(loss) else math.nan
@@ -99,7 +104,8 @@ class Engine:
         for batch in batches:
             tokens, labels = self._tensors(batch)
             total += self._supervised(labels)
-            loss += self.executor.evaluate(tokens, labels, self.config.batch.micro_batch)
+            loss += self.executor.evaluate(tokens, labels, self.config.batch.micro_batch,
+                                           self._documents(batch, tokens.shape[1]))
         return self._report(loss, 0, False)[0] / max(1, total)
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +116,11 @@ class Engine:
             tokens = torch.nn.functional.pad(tokens, (0, more))
             labels = torch.nn.functional.pad(labels, (0, more), value=IGNORE)
         return tokens.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _documents(self, batch: Batch, padded: int) -> list[torch.Tensor] | None:
+        """Cumulative document lengths of each micro-batch, on the device."""
+        found = batch.cumulative(self.config.batch.micro_batch, padded)
+        return None if found is None else [torch.from_numpy(a).to(self.device, non_blocking=True) for a in found]
 
     def _supervised(self, labels: torch.Tensor) -> int:
         """Supervised tokens of the global batch; counted before the backward pass, which divides by it."""

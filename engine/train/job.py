@@ -16,6 +16,7 @@ from engine.config import Layout, ModelConfig, RunConfig, check
 from engine.config.flags import build, from_dict, parse_values, to_dict
 from engine.errors import UserError
 from engine.hf import read_config
+from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
 from engine.plan import Plan, available_memory, estimate, require_memory
 from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.train.engine import DTYPES
@@ -47,6 +48,7 @@ class Job:
     dtype: torch.dtype
     tokenizer: Tokenizer | None
     plan: Plan
+    kernels: Kernels
     weights: Resolved | None = None
     resume: Path | None = None
     notes: Sequence[str] = field(default_factory=tuple)
@@ -91,13 +93,17 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     if switches.check and config.save.out:
         check_lock(Path(config.save.out))
     device, dtype = _device_and_dtype(config, place, switches)
-    plan = estimate(config, layout, dtype)
+    try:
+        kernels = choose(config.runtime.kernels, config.runtime.attention, device, dtype, here=not switches.dry_run)
+    except KernelsUnavailable as error:
+        raise UserError(str(error)) from None
+    plan = estimate(config, layout, dtype, kernels=kernels)
     if not switches.dry_run:
         _require_memory(plan, device, world if switches.world_size else place.local_world)
         if missing is not None:
             raise missing
         check_data(config)
-    return Job(config, layout, device, dtype, tokenizer, plan, weights, resume, notes)
+    return Job(config, layout, device, dtype, tokenizer, plan, kernels, weights, resume, notes)
 
 
 def _device_and_dtype(config: RunConfig, place: Place, switches: Switches) -> tuple[torch.device, torch.dtype]:

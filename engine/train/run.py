@@ -112,7 +112,7 @@ class _Session:
         self.job, self.place, self.mesh = job, place, mesh
         self.out = Path(job.config.save.out) if job.config.save.out else None
         self.stop = StopRequest()
-        self.engine = Engine(job.config, mesh, job.device, job.dtype)
+        self.engine = Engine(job.config, mesh, job.device, job.dtype, job.kernels)
         self.origin = self._start()
         self.feed = make_feed(job, mesh, self.origin)
         self.assets = self._assets() if place.rank == 0 else {}
@@ -218,9 +218,7 @@ class _Session:
         for note in job.notes:
             self.say(note)
         self.say(self.feed.summary)
-        self.say(f"attention: {job.config.runtime.attention}"
-                 f"{' (torch scaled_dot_product_attention)' if job.config.runtime.attention == 'sdpa' else ''}; "
-                 "other kernels: torch")
+        self.say(str(job.kernels))
         if self.mesh.groups:
             self.say(f"collectives: {self.mesh.transport}")
         if self.out is None:

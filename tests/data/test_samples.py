@@ -92,6 +92,39 @@ def test_epochs_differ_in_order_and_offset_and_seeds_differ(tmp_path: Path) -> N
     assert np.array_equal(epochs[0], open_samples(prefix, seq_len=16, seed=1).rows(0, n))
 
 
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=2, max_size=30), seq_len=st.integers(1, 12),
+       seed=st.integers(0, 99), part=st.sampled_from(["train", "valid"]))
+def test_documents_begin_where_the_index_says(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, seed: int, part: str
+) -> None:
+    lengths = [*lengths, 13, 13]
+    prefix = corpus(tmp_path_factory.mktemp("c"), lengths)
+    samples = open_samples(prefix, seq_len=seq_len, seed=seed, part=part, valid_fraction=0.01)
+    count = 2 * samples.epoch_size + 1
+    rows, begins = samples.rows(0, count), samples.begins(0, count)
+    starts = np.cumsum([0, *lengths])  # token i of this corpus is i
+    np.testing.assert_array_equal(begins, np.isin(rows, starts))
+
+
+def test_documents_of_several_sequences_begin_once(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "c", 60000) as writer:
+        writer.add_documents(np.arange(20), np.array([5, 5, 10]))
+        writer.finish()
+    samples = open_samples(str(tmp_path / "c"), seq_len=4, seed=0)
+    samples.corpus.document_index = np.array([0, 2, 3])  # the first two sequences are one document
+    rows, begins = samples.rows(0, 10), samples.begins(0, 10)
+    np.testing.assert_array_equal(begins, np.isin(rows, [0, 10]))
+
+
+def test_a_blend_says_where_documents_begin(tmp_path: Path) -> None:
+    one, other = corpus(tmp_path, [7] * 9, "a"), corpus(tmp_path, [11] * 9, "b", first=1000)
+    samples = open_samples(f"{one}:0.5,{other}:0.5", seq_len=8, seed=0)
+    rows, begins = samples.rows(0, 30), samples.begins(0, 30)
+    wanted = np.where(rows < 1000, rows % 7 == 0, (rows - 1000) % 11 == 0)
+    np.testing.assert_array_equal(begins, wanted)
+
+
 def test_order_is_pinned(tmp_path: Path) -> None:
     """A change here makes every run resume into other data: it must be deliberate."""
     rows = open_samples(corpus(tmp_path, [101]), seq_len=10, seed=7).rows(8, 6)

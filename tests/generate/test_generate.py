@@ -40,7 +40,7 @@ def recomputed(model: Decoder, ids: Sequence[int], count: int, temperature: floa
     generator, out = torch.Generator().manual_seed(seed), list(ids)
     for _ in range(count):
         with torch.no_grad():
-            logits = model(torch.tensor([out]))[0, -1, : model.parts.config.vocab_size]
+            logits = model.logits(model(torch.tensor([out])))[0, -1, : model.parts.config.vocab_size]
         out.append(sample(logits, temperature, 0.9, generator))
     return out[len(ids) :]
 
@@ -65,7 +65,7 @@ def test_greedy_takes_the_likeliest_whatever_the_seed() -> None:
     texts = [list(generate(model, PROMPT, max_tokens=30, temperature=0.0, seed=seed)) for seed in (1, 2)]
     assert texts[0] == texts[1]
     with torch.no_grad():
-        logits = model(torch.tensor([PROMPT + texts[0]]))[0, len(PROMPT) - 1 : -1, :91]
+        logits = model.logits(model(torch.tensor([PROMPT + texts[0]])))[0, len(PROMPT) - 1 : -1, :91]
     assert logits.argmax(-1).tolist() == texts[0]
 
 

@@ -125,7 +125,7 @@ def test_the_loss_of_transformers_is_the_engines(tmp_path: Path) -> None:
         model = decoder(folder)
         for parameter in model.parameters():
             parameter.nan_to_num_(0.0)
-        ours = model.loss(model(ids[:, :-1]), ids[:, 1:]).mean()
+        ours = model.losses(model(ids[:, :-1]), ids[:, 1:]).mean()
     assert abs(float(ours) - float(theirs)) < 1e-5
 
 

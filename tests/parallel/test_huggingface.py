@@ -36,7 +36,7 @@ def run_tp(rank: int, world: int, folder: str, out: str) -> Any:
     batch = toys.make_batch(config, 0, 0, 1)
     model = next(engine.models())
     with torch.no_grad():
-        part = model(torch.from_numpy(batch.tokens))
+        part = model.logits(model(torch.from_numpy(batch.tokens)))
     shards = [torch.empty_like(part) for _ in range(world)]
     dist.all_gather(shards, part.contiguous())
     loss = engine.evaluate([batch])

@@ -93,6 +93,14 @@ def test_fp64_equals_one_process(ranks: Any, single: Any, model: str, layout: st
     compare(ranks(world, run, flags=f"{toys.MODELS[model]} {flags}", steps=STEPS), reference, 1e-10, 1e-10)
 
 
+@pytest.mark.parametrize("layout", ["pp2", "dp2", "tp2-pp2-dp2-sp"])
+def test_attention_within_documents_equals_one_process(ranks: Any, single: Any, layout: str) -> None:
+    world, flags = LAYOUTS[layout]
+    base = f"{toys.MODELS['llama']} --mask-documents --micro-batch 2 --global-batch 8"
+    compare(ranks(world, run, flags=f"{base} {flags}", steps=STEPS), single(base), 1e-10, 1e-10)
+    assert single(base)[0] != single(base.replace("--mask-documents ", ""))[0]
+
+
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp4-sp", "tp2-pp2-dp2-sp"])
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_fp32_equals_one_process(ranks: Any, single: Any, model: str, layout: str) -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import Layout, RunConfig, check, parse
 from engine.errors import UserError
+from engine.kernels.dispatch import Kernels
 from engine.mesh import AXES, Mesh
 from engine.model import Decoder, Parts, stage_layers
 from engine.parallel.buckets import GradientBuckets
@@ -31,8 +32,8 @@ def config_of(flags: str) -> RunConfig:
 
 
 def decoder(config: RunConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Decoder:
-    model = Decoder(Parts(config.model, dtype=dtype, attention=attention, recompute=config.runtime.recompute),
-                    range(config.model.layers))
+    model = Decoder(Parts(config.model, dtype=dtype, kernels=Kernels(attention=attention),
+                          recompute=config.runtime.recompute), range(config.model.layers))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
@@ -54,8 +55,7 @@ def kept_bytes(config: RunConfig, dtype: torch.dtype) -> int:
 
     tokens = torch.zeros(config.batch.micro_batch, config.batch.seq_len, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.loss(model(tokens), tokens).sum()
-    assert loss.requires_grad
+        assert model(tokens).requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -88,7 +88,8 @@ def test_the_worst_moment_of_a_real_pass_is_the_planned_one(flags: str, dtype: t
     buckets = GradientBuckets(model).buckets
     with Live([flat for bucket in buckets for flat in (bucket.data, bucket.grads)]) as memory:
         tokens = torch.zeros(config.batch.micro_batch, config.batch.seq_len, dtype=torch.long)
-        model.loss(model(tokens), tokens).sum().backward()
+        y = model(tokens)
+        torch.autograd.backward(y, model.loss(y.detach(), tokens)[1])
     planned = estimate(config, Layout(), dtype).heaviest.memory
     assert planned.activations + planned.working == pytest.approx(memory.peak, rel=0.05)
 
@@ -173,7 +174,7 @@ def test_flops_are_those_torch_counts(flags: str) -> None:
     config = config_of(f"{flags} --vocab-size 256")
     model, batch = decoder(config, attention="reference"), config.batch
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(batch.micro_batch, batch.seq_len, dtype=torch.long))
+        model.logits(model(torch.zeros(batch.micro_batch, batch.seq_len, dtype=torch.long)))
     # The plain attention computes the upper triangle too, which is not counted as useful.
     causal = config.model.layers * 2 * config.model.heads * config.model.head_dim * batch.seq_len
     counted = counter.get_total_flops() / (batch.micro_batch * batch.seq_len)
