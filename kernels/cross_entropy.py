@@ -8,14 +8,22 @@ they exist once.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from engine.kernels.language import INTERPRETED, cdiv, jit, power_of_two, tl
 from engine.kernels.norm import wide
 
 IGNORE = -100
 """Label of a token that is not supervised."""
+
+
+_IGNORE = tl.constexpr(IGNORE)
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+"""The maximum of nothing. A number, not -inf, of which differences are numbers or -inf, and powers 0."""
+_LOG2E = tl.constexpr(math.log2(math.e))
 
 
 class Reducer(Protocol):
@@ -92,11 +100,231 @@ class _CrossEntropy(torch.autograd.Function):
         return softmax * grad.unsqueeze(-1).to(softmax.dtype), None, None, None, None, None
 
 
+@jit
+def _exp(x):
+    """e^x. As a power of two, its subnormal results 0, it is one instruction of the special unit and not four: with 1e9
+    logits that decides whether they are read at memory's rate."""
+    return tl.exp2(x * _LOG2E)
+
+
+@jit
+def _narrow(x, like):
+    """fp32 in the dtype that `like` points at, rounded to nearest even."""
+    if INTERPRETED and like.dtype.element_ty == tl.bfloat16:  # the interpreter cuts the lower bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(like.dtype.element_ty)
+
+
+@jit
+def _loss(top, total, label_logit, supervised, z_loss):
+    """The loss of rows; `label_logit` is relative to `top`. A row without any logit, of total 0, has none."""
+    alive = supervised & (total != 0)
+    log = tl.log(tl.where(alive, total, 1.0))
+    lse = tl.where(alive, log + top, 0.0)
+    return tl.where(alive, log - label_logit + z_loss * lse * lse, 0.0)
+
+
+@jit
+def _statistics_kernel(logits, row_stride, labels, tops, sums, losses, tokens, columns, limit, first, z_loss,
+                       LANES: tl.constexpr, DEPTH: tl.constexpr, ALONE: tl.constexpr):
+    """One row: its maximum, the sum of exponentials relative to it and the label's logit, reading it once.
+
+    Each of LANES lanes has a maximum and a sum of its own, of DEPTH logits at a time that one thread holds: no thread
+    waits for another before the end, and a logit costs 1 + 1/DEPTH exponentials. ALONE: all columns are here, so the
+    loss is too.
+    """
+    row = tl.num_programs(0) - 1 - tl.program_id(0)
+    label = tl.load(labels + row)
+    supervised = label != _IGNORE
+    logits += row.to(tl.int64) * row_stride
+    column = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    # Loads end at the columns in memory, often a multiple of 16, so that they stay wide; the vocabulary's end is not.
+    held = tl.where(supervised, columns, 0)
+    seen = tl.where(supervised, limit, 0)
+    top = tl.full([LANES], _LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    for start in range(0, limit, LANES * DEPTH):
+        x = tl.load(logits + start + column, mask=start + column < held, other=0.0).to(tl.float32)
+        x = tl.where(start + column < seen, x, float("-inf"))
+        higher = tl.maximum(top, tl.max(x, 0))
+        total = total * _exp(top - higher) + tl.sum(_exp(x - higher[None, :]), 0)
+        top = higher
+    highest = tl.max(top, 0)
+    total = tl.sum(total * _exp(top - highest), 0)
+    local = label - first
+    here = supervised & (local >= 0) & (local < limit)
+    label_logit = tl.load(logits + local, mask=here, other=0.0).to(tl.float32)
+    if ALONE:
+        label_logit = tl.where(here, label_logit - highest, 0.0)
+        tl.store(losses + row, _loss(highest, total, label_logit, supervised, z_loss))
+    tl.store(tops + row, highest)
+    tl.store(sums + row, total)
+    tl.store(sums + tokens + row, label_logit)
+
+
+@jit
+def _rebase_kernel(own, tops, sums, labels, tokens, limit, first, BLOCK: tl.constexpr):
+    """Makes a rank's sums and label's logits relative to the maximum over all ranks."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < tokens
+    top = tl.load(tops + row, mask=inside, other=0.0)
+    total = tl.load(sums + row, mask=inside, other=0.0)
+    label_logit = tl.load(sums + tokens + row, mask=inside, other=0.0)
+    label = tl.load(labels + row, mask=inside, other=_IGNORE)
+    here = (label != _IGNORE) & (label >= first) & (label - first < limit)
+    tl.store(sums + row, total * _exp(tl.load(own + row, mask=inside, other=0.0) - top), mask=inside)
+    tl.store(sums + tokens + row, tl.where(here, label_logit - top, 0.0), mask=inside)
+
+
+@jit
+def _loss_kernel(tops, sums, labels, losses, tokens, z_loss, BLOCK: tl.constexpr):
+    """The losses from the statistics over all ranks."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < tokens
+    supervised = tl.load(labels + row, mask=inside, other=_IGNORE) != _IGNORE
+    loss = _loss(tl.load(tops + row, mask=inside, other=0.0), tl.load(sums + row, mask=inside, other=0.0),
+                 tl.load(sums + tokens + row, mask=inside, other=0.0), supervised, z_loss)
+    tl.store(losses + row, loss, mask=inside)
+
+
+@jit
+def _gradient_kernel(logits, row_stride, labels, tops, sums, grads, grad_stride, scale, columns, limit, first, z_loss,
+                     BLOCK: tl.constexpr):
+    """A block of a row of logits becomes its gradient, in fp32 until it is stored."""
+    blocks = tl.cdiv(columns, BLOCK)
+    row = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    label, top, total = tl.load(labels + row), tl.load(tops + row), tl.load(sums + row)
+    alive = (label != _IGNORE) & (total != 0)
+    total = tl.where(alive, total, 1.0)
+    grad = tl.cast(scale, tl.float32)
+    if grads is not None:
+        grad *= tl.load(grads + row.to(tl.int64) * grad_stride).to(tl.float32)
+    factor = grad / total * (1 + 2 * z_loss * (top + tl.log(total)))
+    local = (label - first).to(tl.int32)
+    logits += row.to(tl.int64) * row_stride + column
+    x = tl.load(logits, mask=column < tl.where(alive, columns, 0), other=float("-inf")).to(tl.float32)
+    d = _exp(x - top) * factor - tl.where(column == local, grad, 0.0)
+    d = tl.where(column < tl.where(alive, limit, 0), d, 0.0)
+    tl.store(logits, _narrow(d, logits), mask=column < columns)
+
+
+def _lanes(columns: int) -> tuple[int, int, int]:
+    """LANES, DEPTH and warps of the statistics.
+
+    A thread holds 32 logits in four loads of 16 bytes (bf16). Four warps a row: 8,192 tokens, or a chunk of 1,024, are
+    rows enough to fill 132 multiprocessors with 8 blocks each, so a row's columns are not split over programs, which
+    would cost a second launch; and few warps wait little for each other at a row's end.
+    """
+    lanes = min(1024, power_of_two(columns))
+    return lanes, min(4, power_of_two(cdiv(columns, lanes))), 4 if lanes == 1024 else 1
+
+
+def _rows_in_place(logits: torch.Tensor) -> torch.Tensor:
+    """The logits, or a copy where their rows overlap or are not plain memory."""
+    plain = logits.stride(1) == 1 and (logits.stride(0) >= logits.shape[1] or logits.shape[0] < 2)
+    return logits if plain else logits.contiguous()
+
+
+def _limit(columns: int, first: int, vocab: int) -> int:
+    """How many of a rank's columns are not padding."""
+    return max(0, min(columns, vocab - first))
+
+
+def launch_statistics(logits: torch.Tensor, labels: torch.Tensor, first: int, vocab: int, z_loss: float,
+                      alone: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses [tokens] (empty memory if not `alone`), maxima [tokens], and [2, tokens]: the sums of exponentials and the
+    labels' logits, relative to the maximum if `alone`; all fp32. logits [tokens, columns], labels [tokens]."""
+    tokens, columns = logits.shape
+    losses, tops = (logits.new_empty(tokens, dtype=torch.float32) for _ in range(2))
+    sums = logits.new_empty(2, tokens, dtype=torch.float32)
+    if tokens:
+        lanes, depth, warps = _lanes(columns)
+        _statistics_kernel[(tokens,)](
+            logits, logits.stride(0), labels.contiguous(), tops, sums, losses, tokens, columns,
+            _limit(columns, first, vocab), first, z_loss, LANES=lanes, DEPTH=depth, ALONE=alone, num_warps=warps)
+    return losses, tops, sums
+
+
+def launch_gradient_(logits: torch.Tensor, labels: torch.Tensor, tops: torch.Tensor, sums: torch.Tensor,
+                     grads: torch.Tensor | None, scale: float, first: int, vocab: int, z_loss: float) -> None:
+    """Turns logits [tokens, columns] into the gradient of scale * sum(grads * losses); grads [tokens], or None for
+    ones."""
+    tokens, columns = logits.shape
+    if not tokens:
+        return
+    block = min(4096, power_of_two(columns))  # 32 logits a thread, as above: 4 loads of 16 bytes under way each
+    _gradient_kernel[(tokens * cdiv(columns, block),)](
+        logits, logits.stride(0), labels.contiguous(), tops, sums, grads, 0 if grads is None else grads.stride(0),
+        scale, columns, _limit(columns, first, vocab), first, z_loss, BLOCK=block, num_warps=max(1, block // 1024))
+
+
+def launch_reduction(tops: torch.Tensor, sums: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, columns: int,
+                     first: int, vocab: int, z_loss: float, group: Reducer) -> None:
+    """Turns one rank's statistics into those over all ranks of `group`, and writes the losses."""
+    tokens = labels.shape[0]
+    if not tokens:
+        return
+    own, labels, grid = tops.clone(), labels.contiguous(), (cdiv(tokens, 1024),)
+    group.all_reduce_(tops, "max")
+    _rebase_kernel[grid](own, tops, sums, labels, tokens, _limit(columns, first, vocab), first, BLOCK=1024)
+    group.all_reduce_(sums)
+    _loss_kernel[grid](tops, sums, labels, losses, tokens, z_loss, BLOCK=1024)
+
+
+statistics = torch.library.custom_op("triax::cross_entropy_statistics", launch_statistics, mutates_args=())
+gradient_ = torch.library.custom_op("triax::cross_entropy_gradient_", launch_gradient_, mutates_args=("logits",))
+
+
+@statistics.register_fake
+def _statistics_fake(logits: torch.Tensor, labels: torch.Tensor, first: int, vocab: int, z_loss: float,
+                     alone: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    losses, tops = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    return losses, tops, logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+
+
+@gradient_.register_fake
+def _gradient_fake(logits: torch.Tensor, labels: torch.Tensor, tops: torch.Tensor, sums: torch.Tensor,
+                   grads: torch.Tensor | None, scale: float, first: int, vocab: int, z_loss: float) -> None:
+    return None
+
+
+def fused_rows(logits: torch.Tensor, labels: torch.Tensor, first: int, vocab: int, group: Reducer | None,
+               z_loss: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, maxima and sums over all columns of all ranks."""
+    losses, tops, sums = statistics(logits, labels, first, vocab, z_loss, group is None)
+    if group is not None:
+        launch_reduction(tops, sums, labels, losses, logits.shape[1], first, vocab, z_loss, group)
+    return losses, tops, sums
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    """Keeps the logits; its backward pass writes the gradient into their memory, never into `grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, vocab: int,
+                group: Reducer | None, z_loss: float) -> torch.Tensor:
+        logits = _rows_in_place(logits)
+        losses, tops, sums = fused_rows(logits, labels, first, vocab, group, z_loss)
+        ctx.save_for_backward(logits, labels, tops, sums)
+        ctx.numbers = (first, vocab, z_loss)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        logits, labels, tops, sums = ctx.saved_tensors
+        gradient_(logits, labels, tops, sums, grad, 1.0, *ctx.numbers)
+        return logits.detach(), None, None, None, None, None
+
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, first: int = 0, vocab: int,
-                  group: Reducer | None = None, z_loss: float = 0.0) -> torch.Tensor:
+                  group: Reducer | None = None, z_loss: float = 0.0, by: str = "torch") -> torch.Tensor:
     """Loss of each token, 0 where the label is IGNORE. The logits' memory is used up.
 
     logits [tokens, columns] are the vocabulary's columns [first, first + columns); those past `vocab` are padding.
-    labels [tokens] count over the whole vocabulary. Returns [tokens], never below fp32, the same bits on all ranks.
+    labels [tokens] count over the whole vocabulary. `by` is torch, or triton: fp32, fp16 and bf16 in two kernels.
+    Returns [tokens], never below fp32, the same bits on all ranks.
     """
-    return _CrossEntropy.apply(logits, labels, first, vocab, group, z_loss)  # type: ignore[no-any-return]
+    function = {"torch": _CrossEntropy, "triton": _FusedCrossEntropy}[by]
+    return function.apply(logits, labels, first, vocab, group, z_loss)  # type: ignore[no-any-return]
