@@ -2,14 +2,20 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-oldest lint docs bench gpu clean
+.PHONY: help env demo test test-fast test-oldest lint docs bench gpu gpu-test gpu-races gpu-bench clean
 
 TORCH := torch==2.13.0
 PY := .venv/bin/python
 STAMP := .venv/.triax-installed
 
+# A machine with a GPU may have a torch of its own and no .venv: make gpu PY=python3
+READY := $(if $(filter .venv/bin/python,$(PY)),$(STAMP))
+SEES_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null
+NO_GPU = echo "make $@: no torch that sees a CUDA GPU here, nothing was run"
+NAMED := $(if $(ONLY),--only $(ONLY))
+
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## build .venv: torch, this package (editable), test and lint extras
 	@echo ".venv is ready: $$($(PY) --version)"
@@ -39,12 +45,19 @@ docs: $(STAMP)  ## write the generated regions of README.md and docs/
 	@$(PY) docs/generate.py
 
 bench: $(STAMP)  ## every benchmark; results as JSON beside them
-	@for f in benchmarks/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(PY) "$$f"; done
+	@for f in benchmarks/*.py; do echo "== $$f"; $(PY) "$$f" || [ $$? -eq 2 ]; done  # 2: it cannot run here, and said so
 
-gpu: $(STAMP)  ## on a CUDA GPU: the tests of the kernels, then the benchmarks; elsewhere one line
-	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(PY) -m pytest tests/kernels && $(MAKE) --no-print-directory bench; \
-	else echo "make gpu: torch sees no CUDA GPU here, nothing was run"; fi
+gpu: $(READY)  ## on a CUDA GPU gpu-test, gpu-races and gpu-bench; elsewhere one line. PY=python3 builds no .venv
+	@if $(SEES_GPU); then for step in test races bench; do $(MAKE) --no-print-directory gpu-$$step; done; else $(NO_GPU); fi
+
+gpu-test: $(READY)  ## the tests of the kernels, compiled for this GPU
+	@if $(SEES_GPU); then $(PY) -m pytest tests/kernels; else $(NO_GPU); fi
+
+gpu-races: $(READY)  ## each kernel once under compute-sanitizer's memcheck and racecheck
+	@if $(SEES_GPU); then $(PY) benchmarks/sanitize.py $(NAMED); else $(NO_GPU); fi
+
+gpu-bench: $(READY)  ## each kernel beside its peers; ONLY="norm rope" picks, and goes on after a call that ran out of time
+	@if $(SEES_GPU); then $(PY) benchmarks/kernels.py --save $(NAMED); else $(NO_GPU); fi
 
 clean:  ## remove .venv, caches and what the demo made
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo

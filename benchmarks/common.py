@@ -169,10 +169,10 @@ def machine() -> dict[str, Any]:
             "commit": commit.strip(), "date": time.strftime("%Y-%m-%d")}
 
 
-def keep(name: str, content: dict[str, Any]) -> Path:
+def keep(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes a result with the machine's facts; committed when it is worth keeping."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
     return path
 
