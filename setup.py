@@ -50,7 +50,8 @@ setup(
         "gpu": [TRITON],
         "data": ["ftfy", "pyarrow", "zstandard"],
         "plot": ["matplotlib"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", TRITON, *HF],  # the tests build a wheel
+        # The tests build a wheel.
+        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", "matplotlib", TRITON, *HF],
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },
 )

@@ -1,0 +1,89 @@
+"""The engine on Triton's kernels computes the run that it computes on PyTorch's, and compiles without a break."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine import verify
+from engine.config import Layout, check
+from engine.kernels.dispatch import Kernels, choose
+from engine.kernels.rope import rope_table
+from engine.mesh import AXES, Mesh, build_mesh
+from engine.model import Parts
+from engine.model.decoder import Block
+from tests.kernels.rule import DEVICE, needs_triton, normal
+from tests.parallel import toys
+
+pytestmark = needs_triton
+FUSED = replace(choose("torch", "sdpa", torch.device("cpu"), torch.float32), norm="triton", rope="triton",
+                activation="triton", loss="triton", optimizer="triton")
+STEPS = 2
+FP32 = "--dtype fp32 --lr 1e-3 --layers 2 --seq-len 12 --global-batch 2"
+MODELS = {**toys.MODELS, "documents": f"{toys.MODELS['llama']} --mask-documents"}
+
+
+def trace(flags: str, kernels: Kernels, mesh: Mesh | None = None) -> verify.Trace:
+    config = toys.make_config(f"{flags} --steps {STEPS}")
+    alone = Mesh(Layout(), 0, dict.fromkeys(AXES, 0))
+    return verify.trace(config, mesh or alone, DEVICE, torch.float32, kernels)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_on_triton_is_the_run_on_torch(model: str) -> None:
+    flags = f"{MODELS[model]} {FP32}"
+    found, wanted = trace(flags, FUSED), trace(flags, Kernels())
+    np.testing.assert_allclose(found.curve, wanted.curve, rtol=1e-5)
+    errors = verify.gradient_errors(found.gradients, wanted.gradients)
+    errors = {name: error for name, error in errors.items() if not name.endswith("k_proj.bias")}  # its truth is zero
+    assert max(errors.values()) <= 5e-6, errors
+
+
+def test_recomputed_blocks_give_the_same_bits() -> None:
+    flags = f"{toys.MODELS['qwen3']} {FP32}"
+    once, again = trace(flags, FUSED), trace(f"{flags} --recompute", FUSED)
+    assert once.curve == again.curve
+
+
+def tp2(rank: int, world: int, flags: str) -> Any:
+    """A rank of a tensor-parallel run on Triton's kernels."""
+    config = toys.make_config(flags)
+    found = trace(flags, FUSED, build_mesh(check(config, world), rank, config.model.kv_heads,
+                                     timedelta(seconds=60)))
+    return found.curve, {name: tensor.numpy() for name, tensor in found.gradients.items()}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the ranks of this test share no GPU")
+@pytest.mark.parametrize("layout", ["--tp 2", "--tp 2 --sequence-parallel"])
+def test_tensor_parallel_triton_equals_one_process(ranks: Any, layout: str) -> None:
+    flags = f"{toys.MODELS['llama']} {FP32}"
+    (curve, gradients), (other, _) = ranks(2, tp2, flags=f"{flags} {layout}")
+    wanted = trace(flags, FUSED)
+    assert curve == other, "ranks report different losses"
+    np.testing.assert_allclose(curve, wanted.curve, rtol=1e-5)
+    errors = verify.gradient_errors({name: torch.from_numpy(g) for name, g in gradients.items()}, wanted.gradients)
+    assert max(errors.values()) <= 5e-6, errors
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_a_block_compiles_to_one_graph(family: str) -> None:
+    config = toys.make_config(f"{toys.MODELS[family]} {FP32}").model
+    block = Block(0, Parts(config, device=DEVICE, kernels=FUSED))
+    for i, parameter in enumerate(block.parameters()):
+        parameter.data.copy_(normal(*parameter.shape, seed=i, scale=0.1))
+    rope = None if family == "gpt2" else rope_table(torch.arange(12, device=DEVICE), 8, 1e4, torch.float32)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (block, compiled):
+        block.zero_grad()
+        x, branch = (normal(2, 12, 32, seed=seed).float().requires_grad_() for seed in (50, 51))
+        outs = run(x, branch, rope)
+        sum((y * normal(*y.shape, seed=60).float()).sum() for y in outs).backward()
+        results.append([*outs, x.grad, branch.grad, *(p.grad for p in block.parameters())])
+    for plain, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, plain, rtol=1e-5, atol=1e-6)
