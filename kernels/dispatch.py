@@ -48,12 +48,12 @@ class Kernels:
 def choose(kernels: str, attention: str, device: torch.device, dtype: torch.dtype, *, here: bool = True) -> Kernels:
     """The implementations for --kernels and --attention. `here` says that the device is this machine's: a plan for
     another one is believed. Raises KernelsUnavailable."""
+    if kernels == "apex":
+        _require_apex(device, dtype, here)
     obstacle = _triton_obstacle(device, dtype, here)
     if "triton" in (kernels, attention) and obstacle:
         flag = "kernels" if kernels == "triton" else "attention"
         raise KernelsUnavailable(f"--{flag} triton: {obstacle}")
-    if kernels == "apex":
-        _require_apex(device, dtype, here)
     fused = "torch" if obstacle or kernels == "torch" or (kernels == "auto" and device.type == "cpu") else "triton"
     return Kernels(
         norm="apex" if kernels == "apex" else fused, rope=fused, activation=fused, loss=fused, optimizer=fused,

@@ -131,7 +131,7 @@ def test_a_flag_that_cannot_be_read(argv: str, message: str) -> None:
     ("--split 1", 1, "--split 1.0 must be at least 0 and below 1"), ("--seed -1", 1, "--seed -1 must be at least 0"),
     ("--norm-eps -1", 1, "--norm-eps -1.0 must be"), ("--rope-theta 0", 1, "--rope-theta 0.0 must be above 0"),
     ("--dtype fp16", 1, "use --dtype bf16 or fp32"), ("--dtype float32", 1, "--dtype 'float32' is not known"),
-    ("--schedule 1f1", 1, "did you mean 1f1b?"), ("--attention flash", 1, "use sdpa, reference"),
+    ("--schedule 1f1", 1, "did you mean 1f1b?"), ("--attention flash", 1, "use auto, triton, sdpa, reference"),
     ("--family lama", 1, "did you mean llama?"), ("--decay cosin", 1, "did you mean cosine?"),
 ])
 def test_a_rule_that_is_broken_names_flag_numbers_and_cure(argv: str, world: int, message: str) -> None:
