@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cases.base import Build, Case, Run
 
+from cases.base import Build, Case, Run
 from engine.kernels.rope import rope_backward_launch, rope_launch
 
 TOKENS = 8192
