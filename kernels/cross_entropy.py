@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from engine.kernels.language import INTERPRETED, cdiv, jit, power_of_two, tl
+from engine.kernels.language import INTERPRETED, cdiv, jit, power_of_two, tl, triton
 from engine.kernels.norm import wide
 
 IGNORE = -100
@@ -100,6 +100,10 @@ class _CrossEntropy(torch.autograd.Function):
         return softmax * grad.unsqueeze(-1).to(softmax.dtype), None, None, None, None, None
 
 
+# Nothing is compiled anew because a batch has an odd number of tokens.
+_counted = jit if triton is None else triton.jit(do_not_specialize=["tokens"])
+
+
 @jit
 def _exp(x):
     """e^x. As a power of two, its subnormal results 0, it is one instruction of the special unit and not four: with 1e9
@@ -125,7 +129,7 @@ def _loss(top, total, label_logit, supervised, z_loss):
     return tl.where(alive, log - label_logit + z_loss * lse * lse, 0.0)
 
 
-@jit
+@_counted
 def _statistics_kernel(logits, row_stride, labels, tops, sums, losses, tokens, columns, limit, first, z_loss,
                        LANES: tl.constexpr, DEPTH: tl.constexpr, ALONE: tl.constexpr):
     """One row: its maximum, the sum of exponentials relative to it and the label's logit, reading it once.
@@ -163,7 +167,7 @@ def _statistics_kernel(logits, row_stride, labels, tops, sums, losses, tokens, c
     tl.store(sums + tokens + row, label_logit)
 
 
-@jit
+@_counted
 def _rebase_kernel(own, tops, sums, labels, tokens, limit, first, BLOCK: tl.constexpr):
     """Makes a rank's sums and label's logits relative to the maximum over all ranks."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -177,7 +181,7 @@ def _rebase_kernel(own, tops, sums, labels, tokens, limit, first, BLOCK: tl.cons
     tl.store(sums + tokens + row, tl.where(here, label_logit - top, 0.0), mask=inside)
 
 
-@jit
+@_counted
 def _loss_kernel(tops, sums, labels, losses, tokens, z_loss, BLOCK: tl.constexpr):
     """The losses from the statistics over all ranks."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
