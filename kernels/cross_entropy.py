@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from engine.kernels.language import INTERPRETED, cdiv, jit, power_of_two, tl, triton
+from engine.kernels.language import cdiv, jit, jit_counting, narrow, power_of_two, tl
 from engine.kernels.norm import wide
 
 IGNORE = -100
@@ -100,24 +100,11 @@ class _CrossEntropy(torch.autograd.Function):
         return softmax * grad.unsqueeze(-1).to(softmax.dtype), None, None, None, None, None
 
 
-# Nothing is compiled anew because a batch has an odd number of tokens.
-_counted = jit if triton is None else triton.jit(do_not_specialize=["tokens"])
-
-
 @jit
 def _exp(x):
     """e^x. As a power of two, its subnormal results 0, it is one instruction of the special unit and not four: with 1e9
     logits that decides whether they are read at memory's rate."""
     return tl.exp2(x * _LOG2E)
-
-
-@jit
-def _narrow(x, like):
-    """fp32 in the dtype that `like` points at, rounded to nearest even."""
-    if INTERPRETED and like.dtype.element_ty == tl.bfloat16:  # the interpreter cuts the lower bits off
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(like.dtype.element_ty)
 
 
 @jit
@@ -129,7 +116,7 @@ def _loss(top, total, label_logit, supervised, z_loss):
     return tl.where(alive, log - label_logit + z_loss * lse * lse, 0.0)
 
 
-@_counted
+@jit_counting("tokens")
 def _statistics_kernel(logits, row_stride, labels, tops, sums, losses, tokens, columns, limit, first, z_loss,
                        LANES: tl.constexpr, DEPTH: tl.constexpr, ALONE: tl.constexpr):
     """One row: its maximum, the sum of exponentials relative to it and the label's logit, reading it once.
@@ -167,7 +154,7 @@ def _statistics_kernel(logits, row_stride, labels, tops, sums, losses, tokens, c
     tl.store(sums + tokens + row, label_logit)
 
 
-@_counted
+@jit_counting("tokens")
 def _rebase_kernel(own, tops, sums, labels, tokens, limit, first, BLOCK: tl.constexpr):
     """Makes a rank's sums and label's logits relative to the maximum over all ranks."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -181,7 +168,7 @@ def _rebase_kernel(own, tops, sums, labels, tokens, limit, first, BLOCK: tl.cons
     tl.store(sums + tokens + row, tl.where(here, label_logit - top, 0.0), mask=inside)
 
 
-@_counted
+@jit_counting("tokens")
 def _loss_kernel(tops, sums, labels, losses, tokens, z_loss, BLOCK: tl.constexpr):
     """The losses from the statistics over all ranks."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -211,7 +198,7 @@ def _gradient_kernel(logits, row_stride, labels, tops, sums, grads, grad_stride,
     x = tl.load(logits, mask=column < tl.where(alive, columns, 0), other=float("-inf")).to(tl.float32)
     d = _exp(x - top) * factor - tl.where(column == local, grad, 0.0)
     d = tl.where(column < tl.where(alive, limit, 0), d, 0.0)
-    tl.store(logits, _narrow(d, logits), mask=column < columns)
+    tl.store(logits, narrow(d, logits), mask=column < columns)
 
 
 def _lanes(columns: int) -> tuple[int, int, int]:

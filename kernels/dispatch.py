@@ -80,8 +80,8 @@ def _require_apex(device: torch.device, dtype: torch.dtype, here: bool) -> None:
     if device.type != "cuda":
         raise KernelsUnavailable(f"--kernels apex: NVIDIA Apex runs on CUDA, --device is {device.type}")
     if here and apex_norm("rms") is None:
-        raise KernelsUnavailable("--kernels apex: NVIDIA Apex is not installed here, or its norms do not give the right "
-                                 "numbers (the package `apex` on PyPI is another project); use --kernels auto")
+        raise KernelsUnavailable("--kernels apex: NVIDIA Apex is not installed here, or its norms give wrong numbers "
+                                 "(the package `apex` on PyPI is another project); use --kernels auto")
     if dtype == torch.float64:
         raise KernelsUnavailable("--kernels apex: --dtype is fp64; use --kernels torch")
 

@@ -63,6 +63,24 @@ def dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@jit
+def narrow(x, like):
+    """fp32 in the dtype that `like` points at, rounded to nearest even.
+
+    The interpreter cuts the lower bits of bf16 off, so they are rounded away first.
+    """
+    if INTERPRETED and like.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(like.dtype.element_ty)
+
+
+def jit_counting(*counts: str) -> Callable[..., Any]:
+    """`jit` for a kernel that must not be compiled anew because a batch has an odd number of tokens: `counts` names the
+    arguments whose values say nothing to the compiler."""
+    return jit if triton is None else triton.jit(do_not_specialize=list(counts))
+
+
 def arch(device: torch.device) -> int:
     """The architecture a launcher chooses its configuration for: 90, 80, ...; 0 in the interpreter.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.language import INTERPRETED, arch, cdiv, jit, power_of_two, tl, triton
+from engine.kernels.language import arch, cdiv, jit, jit_counting, narrow, power_of_two, tl
 from engine.kernels.norm import wide
 
 
@@ -53,16 +53,6 @@ class _Softmax(torch.autograd.Function):
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 """The maximum of a row that sees nothing: a number, so that -inf minus it is one, and its exponential 0."""
 _LOG2E = tl.constexpr(math.log2(math.e))
-_counted = jit if triton is None else triton.jit(do_not_specialize=["count"])
-
-
-@jit
-def _narrow(x, like):
-    """fp32 in the dtype that `like` points at, rounded to nearest even."""
-    if INTERPRETED and like.dtype.element_ty == tl.bfloat16:  # the interpreter cuts the lower bits off
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(like.dtype.element_ty)
 
 
 @jit
@@ -111,7 +101,7 @@ def _inverse(total):
     return 1 / tl.where(total == 0, 1.0, total)
 
 
-@_counted
+@jit_counting("count")
 def _forward_kernel(scores, mask, y, heads, queries, keys, score_strides, mask_strides, count, scale,
                     CAUSAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
     """ROWS rows: WHOLE ones in one tile, or in steps of BLOCK keys, once for the sum and once for the result."""
@@ -127,7 +117,7 @@ def _forward_kernel(scores, mask, y, heads, queries, keys, score_strides, mask_s
     if WHOLE:
         x = _logits(scores, mask, scale, start, mask_start, column, end, keys)
         e = _exp(x - tl.maximum(tl.max(x, 1), _LOWEST)[:, None])
-        tl.store(y + column, _narrow(e * _inverse(tl.sum(e, 1))[:, None], y), mask=inside & (column < keys))
+        tl.store(y + column, narrow(e * _inverse(tl.sum(e, 1))[:, None], y), mask=inside & (column < keys))
     else:
         top = tl.full([ROWS], _LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -140,10 +130,10 @@ def _forward_kernel(scores, mask, y, heads, queries, keys, score_strides, mask_s
         for first in range(0, keys, BLOCK):
             x = _logits(scores, mask, scale, start, mask_start, first + column, end, keys)
             e = _exp(x - top[:, None]) * inverse[:, None]
-            tl.store(y + first + column, _narrow(e, y), mask=inside & (first + column < keys))
+            tl.store(y + first + column, narrow(e, y), mask=inside & (first + column < keys))
 
 
-@_counted
+@jit_counting("count")
 def _backward_kernel(grad, y, out, heads, queries, keys, grad_strides, count, scale,
                      CAUSAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
     """The gradient of ROWS rows of scores, in the same steps. Keys beyond the diagonal are not read."""
@@ -157,7 +147,7 @@ def _backward_kernel(grad, y, out, heads, queries, keys, grad_strides, count, sc
         p = _load(y, y_start, column, end, keys).to(tl.float32)
         g = _load(grad, start, column, end, keys).to(tl.float32)
         d = p * (g - tl.sum(p * g, 1)[:, None]) * scale
-        tl.store(out + y_start + column, _narrow(d, out), mask=inside & (column < keys))
+        tl.store(out + y_start + column, narrow(d, out), mask=inside & (column < keys))
     else:
         mean = tl.zeros([ROWS], tl.float32)
         for first in range(0, keys, BLOCK):
@@ -167,7 +157,7 @@ def _backward_kernel(grad, y, out, heads, queries, keys, grad_strides, count, sc
             p = _load(y, y_start, first + column, end, keys).to(tl.float32)
             g = _load(grad, start, first + column, end, keys).to(tl.float32)
             d = p * (g - mean[:, None]) * scale
-            tl.store(out + y_start + first + column, _narrow(d, out), mask=inside & (first + column < keys))
+            tl.store(out + y_start + first + column, narrow(d, out), mask=inside & (first + column < keys))
 
 
 WIDEST = 16384
