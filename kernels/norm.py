@@ -16,8 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from engine.kernels.language import INTERPRETED, arch, cdiv, jit, power_of_two, processors, tl, triton
+
+Maybe = Tensor | None
+Tensors = tuple[Tensor, ...]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -27,7 +31,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         xw = x.to(wide(x.dtype))
         norm = torch.linalg.vector_norm(xw, dim=-1, keepdim=True)
         rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)
@@ -35,7 +39,7 @@ class _RMSNorm(torch.autograd.Function):
         return (xw * rstd).mul_(weight.to(xw.dtype)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, rstd = ctx.saved_tensors
         width = x.shape[-1]
         rows = x.to(rstd.dtype).reshape(-1, width)
@@ -49,17 +53,18 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """LayerNorm computed in fp32 whatever its input; it keeps x as it came, and the two statistics of each row."""
+    """Computed in fp32 whatever its input; it keeps x as it came, and two statistics a row. On a CPU torch's own sums
+    the gradients of weight and bias in their dtype (on CUDA in fp32): of 4,096 rows in bf16 half a bias' is lost."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         kind = wide(x.dtype)
         y, mean, rstd = torch.native_layer_norm(x.to(kind), x.shape[-1:], weight.to(kind), bias.to(kind), eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, mean, rstd = ctx.saved_tensors
         kind = rstd.dtype
         grads = torch.ops.aten.native_layer_norm_backward(
@@ -67,17 +72,18 @@ class _LayerNorm(torch.autograd.Function):
         return grads[0].to(x.dtype), grads[1].to(weight.dtype), grads[2].to(bias.dtype), None
 
 
-WIDEST = 32768
-"""Columns a row may have by "triton"."""
+WIDEST = 32768  # columns of a row that fit in one block's registers
+SHARED = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}  # bytes a multiprocessor's blocks share; elsewhere 96 KB
 
 # The number of rows changes from batch to batch: kernels must not be compiled anew because it is a multiple of 16.
 counted = jit if triton is None else triton.jit(do_not_specialize=["count"])
 
 
 @jit
-def _starts(rows, group, strides):
-    """Where rows begin: [ROWS, 1], int64; `group` and `strides` as of `_addressed`."""
-    return ((rows // group).to(tl.int64) * strides[0] + (rows % group).to(tl.int64) * strides[1])[:, None]
+def _read(x, rows, group, strides, cols, mask, policy: tl.constexpr = ""):
+    """Columns of rows as fp32, 0 where masked; `group` and `strides` as of `_addressed`."""
+    starts = (rows // group).to(tl.int64) * strides[0] + (rows % group).to(tl.int64) * strides[1]
+    return tl.load(x + starts[:, None] + cols, mask, 0.0, eviction_policy=policy).to(tl.float32)
 
 
 @jit
@@ -92,15 +98,16 @@ def _narrow(x, like):
 @counted
 def _forward_kernel(x, branch, weight, bias, y, total, mean, rstd, group, x_strides, branch_strides, count, eps,
                     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS whole rows. `branch` is None where nothing is added, `bias` is None for RMSNorm."""
+    """ROWS whole rows; `branch` is None where nothing is added, `bias` is None for RMSNorm. What is read once leaves
+    the L1 cache to the weight, which every block reads."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     real, columns = rows < count, cols < WIDTH
     mask = real[:, None] & columns
     out = rows.to(tl.int64)[:, None] * WIDTH + cols
-    value = tl.load(x + _starts(rows, group, x_strides) + cols, mask, other=0.0).to(tl.float32)
+    value = _read(x, rows, group, x_strides, cols, mask, "evict_first")
     if branch is not None:
-        value += tl.load(branch + _starts(rows, group, branch_strides) + cols, mask, other=0.0).to(tl.float32)
+        value += _read(branch, rows, group, branch_strides, cols, mask, "evict_first")
         rounded = _narrow(value, total)
         tl.store(total + out, rounded, mask)
         value = rounded.to(tl.float32)
@@ -110,75 +117,53 @@ def _forward_kernel(x, branch, weight, bias, y, total, mean, rstd, group, x_stri
         value = tl.where(mask, value - centre[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)
     tl.store(rstd + rows, scale, real)
-    value *= scale[:, None]
-    value *= tl.load(weight + cols, columns, other=0.0).to(tl.float32)
+    value = value * scale[:, None] * tl.load(weight + cols, columns, 0.0, eviction_policy="evict_last").to(tl.float32)
     if bias is not None:
-        value += tl.load(bias + cols, columns, other=0.0).to(tl.float32)
+        value += tl.load(bias + cols, columns, 0.0, eviction_policy="evict_last").to(tl.float32)
     tl.store(y + out, _narrow(value, y), mask)
 
 
 @counted
-def _means_kernel(grad, x, weight, mean, rstd, means, group, grad_strides, x_strides, count,
-                  CENTRED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """mean(g w xhat) of one row and, for LayerNorm, mean(g w), into means [2, count]."""
-    row = tl.program_id(0) + tl.arange(0, 1)
-    scale = tl.load(rstd + row)[:, None]
-    along = tl.zeros([1, BLOCK], tl.float32)
-    plain = tl.zeros([1, BLOCK], tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        mask = cols < WIDTH
-        gw = tl.load(grad + _starts(row, group, grad_strides) + cols, mask, other=0.0).to(tl.float32)
-        gw *= tl.load(weight + cols, mask, other=0.0).to(tl.float32)
-        xhat = tl.load(x + _starts(row, group, x_strides) + cols, mask, other=0.0).to(tl.float32)
-        if CENTRED:
-            xhat -= tl.load(mean + row)[:, None]
-            plain += gw
-        along += gw * (xhat * scale)
-    tl.store(means + row, tl.sum(along, 1) / WIDTH)
-    if CENTRED:
-        tl.store(means + count + row, tl.sum(plain, 1) / WIDTH)
-
-
-@counted
-def _backward_kernel(grad, grad_total, x, weight, mean, rstd, means, grad_x, parts, group, grad_strides, total_strides,
+def _backward_kernel(grad, grad_total, x, weight, mean, rstd, grad_x, parts, group, grad_strides, total_strides,
                      x_strides, count, CENTRED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                      ROWS: tl.constexpr, STAGES: tl.constexpr):
-    """Tiles of ROWS rows, from the program's on in steps of the grid; of whole rows or, where `means` are given, of the
-    BLOCK columns of program_id(1). The program's sums of g xhat and of g go into parts [1 or 2, programs, WIDTH].
-    """
+    """Tiles of ROWS rows, from the program's on in steps of the grid, by the BLOCK columns of program_id(1). Sums of
+    g xhat and of g over a program's rows go into parts [1 or 2, programs, WIDTH]."""
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     columns = cols < WIDTH
-    # A tile of equal rows: were it [1, BLOCK], its load would choose a layout of its own, and Triton then moves every
-    # tile of x into that one, in which a row of 128 columns is spread over all warps (3 times the instructions).
+    # A tile of equal rows. A load of [1, BLOCK] would choose a layout of its own, and Triton then moves every tile of x
+    # into that one, in which the 128 columns of a head are spread over all warps: 3 times the instructions.
     same = tl.zeros([ROWS, 1], tl.int32)
-    w = tl.load(weight + same + cols, (same == 0) & columns, other=0.0).to(tl.float32)
+    w = tl.load(weight + same + cols, (same == 0) & columns, 0.0).to(tl.float32)
     grad_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     grad_bias = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         real = rows < count
         mask = real[:, None] & columns
-        g = tl.load(grad + _starts(rows, group, grad_strides) + cols, mask, other=0.0).to(tl.float32)
-        xhat = tl.load(x + _starts(rows, group, x_strides) + cols, mask, other=0.0).to(tl.float32)
-        scale = tl.load(rstd + rows, real, other=0.0)[:, None]
-        if CENTRED:
-            xhat -= tl.load(mean + rows, real, other=0.0)[:, None]
-            grad_bias += g
-        xhat *= scale
+        g = _read(grad, rows, group, grad_strides, cols, mask)
+        xhat = _read(x, rows, group, x_strides, cols, mask)
+        scale = tl.load(rstd + rows, real, 0.0)[:, None]
+        centre = tl.load(mean + rows, real, 0.0)[:, None] if CENTRED else 0.0
+        xhat = (xhat - centre) * scale
         grad_weight += g * xhat
+        grad_bias += g
         gw = g * w
-        if means is None:
-            result = gw - xhat * (tl.sum(gw * xhat, 1) / WIDTH)[:, None]
-            if CENTRED:
-                result -= (tl.sum(gw, 1) / WIDTH)[:, None]
-        else:
-            result = gw - xhat * tl.load(means + rows, real, other=0.0)[:, None]
-            if CENTRED:
-                result -= tl.load(means + count + rows, real, other=0.0)[:, None]
+        along, plain = tl.sum(gw * xhat, 1), tl.sum(gw, 1)
+        for other in range(1, blocks):  # a wider row's other columns, which other programs write
+            at = (tl.program_id(1) + other) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+            there = real[:, None] & (at < WIDTH)
+            gw_there = _read(grad, rows, group, grad_strides, at, there)
+            gw_there *= tl.load(weight + at, at < WIDTH, 0.0).to(tl.float32)
+            along += tl.sum(gw_there * ((_read(x, rows, group, x_strides, at, there) - centre) * scale), 1)
+            plain += tl.sum(gw_there, 1)
+        result = gw - xhat * (along / WIDTH)[:, None]
+        if CENTRED:
+            result -= (plain / WIDTH)[:, None]
         result *= scale
         if grad_total is not None:
-            result += tl.load(grad_total + _starts(rows, group, total_strides) + cols, mask, other=0.0).to(tl.float32)
+            result += _read(grad_total, rows, group, total_strides, cols, mask)
         tl.store(grad_x + rows.to(tl.int64)[:, None] * WIDTH + cols, _narrow(result, grad_x), mask)
     part = parts + tl.program_id(0) * WIDTH + cols
     tl.store(part, tl.sum(grad_weight, 0)[None, :], columns)
@@ -195,7 +180,7 @@ def _parts_kernel(parts, grad_weight, grad_bias, programs, CENTRED: tl.constexpr
     sums = tl.zeros([PARTS, BLOCK], tl.float32)
     for start in tl.range(0, programs, PARTS):
         part = start + tl.arange(0, PARTS)[:, None]
-        sums += tl.load(parts + (which * programs + part) * WIDTH + cols, (part < programs) & (cols < WIDTH), other=0.0)
+        sums += tl.load(parts + (which * programs + part) * WIDTH + cols, (part < programs) & (cols < WIDTH), 0.0)
     result = tl.sum(sums, 0)[None, :]
     if which == 0:
         tl.store(grad_weight + cols, _narrow(result, grad_weight), cols < WIDTH)
@@ -203,7 +188,7 @@ def _parts_kernel(parts, grad_weight, grad_bias, programs, CENTRED: tl.constexpr
         tl.store(grad_bias + cols, _narrow(result, grad_bias), cols < WIDTH)
 
 
-def _levels(x: torch.Tensor) -> list[tuple[int, int]]:
+def _levels(x: Tensor) -> list[tuple[int, int]]:
     """(size, stride) of as few dims as the rows of x [..., width] can be counted by, outermost first."""
     dims: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
@@ -214,78 +199,65 @@ def _levels(x: torch.Tensor) -> list[tuple[int, int]]:
     return dims or [(1, 0)]
 
 
-def _addressed(*tensors: torch.Tensor | None) -> tuple[int, list[torch.Tensor | None], list[tuple[int, int] | None]]:
+def _addressed(*tensors: Maybe) -> tuple[int, list[Maybe], list[tuple[int, int]]]:
     """A group size, the tensors, and two strides for each: row i begins at (i // group) outer + (i % group) inner.
-
     That is enough for the heads of q in [batch, seq, heads, head_dim], sliced from a wider tensor. What it does not
-    describe, and what has other neighbours than a row's columns, is copied.
-    """
-    group, found = 1, []
-    for x in tensors:
+    describe, and what has other neighbours than a row's columns, is copied."""
+    group, found = 1, list(tensors)
+    for i, x in enumerate(tensors):
         if x is not None:
-            dims = _levels(x)
-            if len(dims) > 2 or x.stride(-1) != 1 or (len(dims) == 2 and group not in (1, dims[1][0])):
-                x = x.contiguous()
-                dims = _levels(x)
-            group = dims[1][0] if len(dims) == 2 else group
-        found.append(x)
-    strides: list[tuple[int, int] | None] = []
-    for x in found:
-        dims = [] if x is None else _levels(x)
-        last = dims[-1][1] if dims else 0
-        strides.append(None if x is None else (dims[0][1] if len(dims) == 2 else group * last, last))
-    return group, found, strides
+            inner = [size for size, _ in _levels(x)[1:]]
+            if x.stride(-1) != 1 or len(inner) > 1 or (inner and group not in (1, inner[0])):
+                found[i] = x.contiguous()
+            elif inner:
+                group = inner[0]
+    levels = [[(1, 0)] if x is None else _levels(x) for x in found]
+    return group, found, [(dims[0][1] * (group if len(dims) == 1 else 1), dims[-1][1]) for dims in levels]
 
 
 def _forward_tile(width: int) -> dict[str, int]:
     """A row of up to 4,096 columns by 4 warps, above that a warp for every 1,024 columns: 32 columns a thread, four
     loads of 16 bytes under way at once in bf16. That takes 40 to 80 registers, so 6 to 10 blocks of 4 warps (half as
     many of 8) are on a multiprocessor, with 64 KB or more under way where bandwidth times latency is about 30 KB.
-    Narrower rows are taken together to as many elements: those of a head (64 to 256) are then summed inside a warp."""
+    Narrower rows are taken together to as many elements: a head's (64 to 256) are then summed inside a warp."""
     block = power_of_two(width)
     return {"WIDTH": width, "BLOCK": block, "ROWS": min(64, max(1, 4096 // block)),
             "num_warps": max(4, min(32, block // 1024))}
 
 
-SHARED = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}
-"""Bytes of shared memory that all blocks of a multiprocessor can have, by architecture; 96 KB elsewhere."""
-
-
 def _backward_tile(width: int, column: int, centred: bool, gpu: int) -> tuple[int, dict[str, int]]:
-    """Programs on a multiprocessor, and what is compiled; `column` is the bytes that are read of one column.
-
-    The programs stay for the whole gradient, so that few partial sums are left to be added: loads cannot be hidden by
-    other blocks that wait, and are issued ahead instead. Triton copies tiles into shared memory asynchronously, 16
-    bytes a thread, STAGES - 1 tiles ahead; enough of them that 64 KB are under way on a multiprocessor.
-    - Rows of 2,049 to 4,096: two programs of 4 warps. A thread holds 32 columns of w and of the sum in fp32, and x and
-      g: about 168 registers. A row's arithmetic takes 440 instructions a warp, a third of the time its bytes take.
-    - LayerNorm has a second sum: at 4 warps 250 registers, so it has twice the warps and half of each (about 125).
-    - Rows of up to 8,192: the same with twice the warps, but one program, for its registers are half the file.
-    - Wider rows do not fit in registers: their means come first, in a launch of their own that reads x and g once more,
-      and then the columns are split among programs.
-    - Heads (up to 256): tiles of 2,048 elements by 4 warps, 80 to 128 registers, four programs: there the arithmetic on
-      row addresses counts, and more warps hide it.
+    """Programs on a multiprocessor, and what is compiled; `column` is the bytes read of one column.
+    Programs stay for the whole gradient, so that few sums are left to be added. With so few no block waits while
+    another computes, so tiles are loaded ahead: Triton copies them into shared memory asynchronously, 16 bytes a
+    thread, STAGES - 1 of them at a time, chosen for 64 KB under way on a multiprocessor.
+    - Rows of 257 to 4,096: tiles of 4,096 elements, two programs of 4 warps. A thread holds 32 columns of x and g, and
+      of w and the sum in fp32: 168 registers. A tile takes 440 instructions, a third of the time its bytes take.
+    - LayerNorm has a second sum, at 4 warps 250 registers: twice the warps with half of each, about 125.
+    - Rows of up to 8,192: twice the warps, and one program, for it has more than half of the register file.
+    - Wider rows do not fit: programs have 8,192 columns each, and read the others for the means, out of the L2 cache.
+    - Heads (up to 256): tiles of 2,048 elements, 72 to 128 registers, four programs of 4 warps: with addresses, the
+      arithmetic takes 60 % of the time their bytes take, and more warps hide it.
     """
     block = min(8192, power_of_two(width))
     each = 4 if block <= 256 else 2 if block <= 4096 else 1
     rows = min(64, max(1, (2048 if block <= 256 else 4096) // block))
     warps = max(4, block // 1024) * (2 if centred and block > 256 else 1)
+    if width > block:
+        column = 2 * column + 4  # the other columns, and their weights
     fit = SHARED.get(gpu, 96 * 1024) // (each * rows * block * column)
     ahead = min(fit, max(2, min(3, cdiv(65536, each * rows * min(width, block) * column))))
     return each, {"CENTRED": centred, "WIDTH": width, "BLOCK": block, "ROWS": rows, "STAGES": 1 + ahead,
                   "num_warps": warps}
 
 
-def _outputs(x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
-             eps: float) -> tuple[torch.Tensor, ...]:
+def _outputs(x: Tensor, branch: Maybe, weight: Tensor, bias: Maybe, eps: float) -> Tensors:
     """What `forward` returns, not yet written."""
     count = x.numel() // max(1, x.shape[-1])
     return (x.new_empty(x.shape), x.new_empty(0 if branch is None else x.shape),
             x.new_empty(0 if bias is None else count, dtype=torch.float32), x.new_empty(count, dtype=torch.float32))
 
 
-def forward(x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
-            eps: float) -> tuple[torch.Tensor, ...]:
+def forward(x: Tensor, branch: Maybe, weight: Tensor, bias: Maybe, eps: float) -> Tensors:
     """y, total, mean and rstd: total is empty without a branch, mean without a bias, which is RMSNorm. x, branch and
     results [..., width], weight and bias [width]; the statistics are fp32, one a row."""
     y, total, mean, rstd = _outputs(x, branch, weight, bias, eps)
@@ -298,34 +270,28 @@ def forward(x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, 
     return y, total, mean, rstd
 
 
-def _gradients(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
-               bias: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _gradients(grad: Tensor, grad_total: Maybe, x: Tensor, weight: Tensor, bias: Maybe, *_: Tensor) -> Tensors:
     """What `backward` returns, not yet written."""
     return (x.new_empty(x.shape), weight.new_empty(weight.shape),
             weight.new_empty(0) if bias is None else bias.new_empty(bias.shape))
 
 
-def backward(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
-             bias: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def backward(grad: Tensor, grad_total: Maybe, x: Tensor, weight: Tensor, bias: Maybe, mean: Tensor,
+             rstd: Tensor) -> Tensors:
     """Gradients of x (which is that of a branch too), of weight and of bias (empty without one), from those of y and of
     total; x is what was normalised: total where something was added."""
     grad_x, grad_weight, grad_bias = _gradients(grad, grad_total, x, weight, bias, mean, rstd)
-    width, count, centred = x.shape[-1], rstd.numel(), bias is not None
     if not x.numel():
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
+    width, count, centred = x.shape[-1], rstd.numel(), bias is not None
     column = sum(t.element_size() for t in (grad, grad_total, x) if t is not None)
     each, tile = _backward_tile(width, column, centred, arch(x.device))
     blocks = cdiv(width, tile["BLOCK"])
-    programs = min(cdiv(count, tile["ROWS"]), cdiv(each * processors(x.device), blocks))
+    programs = min(cdiv(count, tile["ROWS"]), cdiv(each * processors(x.device), blocks))  # of rows
     parts = x.new_empty((1 + centred, programs, width), dtype=torch.float32)
     group, (grad_, total_, x_), strides = _addressed(grad, grad_total, x)
-    weight_, means = weight.contiguous(), None
-    if blocks > 1:
-        means = x.new_empty((2, count), dtype=torch.float32)
-        _means_kernel[(count,)](grad_, x_, weight_, mean, rstd, means, group, strides[0], strides[2], count,
-                                CENTRED=centred, WIDTH=width, BLOCK=4096, num_warps=8)
-    _backward_kernel[(programs, blocks)](grad_, total_, x_, weight_, mean, rstd, means, grad_x, parts, group, *strides,
-                                         count, **tile)
+    _backward_kernel[(programs, blocks)](grad_, total_, x_, weight.contiguous(), mean, rstd, grad_x, parts, group,
+                                         *strides, count, **tile)
     # 16 KB a block, in loads that do not wait for each other: the sums of a gradient are spread over 128 blocks.
     _parts_kernel[(cdiv(width, 32), 1 + centred)](parts, grad_weight, grad_bias, programs, CENTRED=centred, WIDTH=width,
                                                   PARTS=128, BLOCK=32, num_warps=8)
@@ -343,81 +309,69 @@ _norm_backward_op = torch.library.custom_op(
 _norm_backward_op.register_fake(_gradients)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, branch, weight, bias, _ = inputs
-    ctx.added = branch is not None
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    ctx.added, ctx.biased = inputs[1] is not None, inputs[3] is not None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if ctx.added else x, weight, bias, *output[2:])
+    ctx.save_for_backward(output[1] if ctx.added else inputs[0], *inputs[2:4], *output[2:])
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor | None, grad_total: torch.Tensor | None,
-                   *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    x, weight, bias, mean, rstd = ctx.saved_tensors
+def _differentiate(ctx: Any, grad: Maybe, grad_total: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
     grad_total = grad_total if ctx.added else None
     if grad is None:
         return grad_total, grad_total, None, None, None
-    grad_x, grad_weight, grad_bias = _norm_backward_op(grad, grad_total, x, weight, bias, mean, rstd)
-    return grad_x, grad_x if ctx.added else None, grad_weight, None if bias is None else grad_bias, None
+    grad_x, grad_weight, grad_bias = _norm_backward_op(grad, grad_total, *ctx.saved_tensors)
+    return grad_x, grad_x if ctx.added else None, grad_weight, grad_bias if ctx.biased else None, None
 
 
 _norm_op.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _triton(x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
-            eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and total, by the kernels."""
+def _triton(x: Tensor, branch: Maybe, weight: Tensor, bias: Maybe, eps: float) -> tuple[Tensor, Tensor]:
+    """y and total, by the kernels. ValueError where x is too wide, or the branch is not like it."""
     if x.shape[-1] > WIDEST:
         raise ValueError(f"a norm by 'triton' takes rows of up to {WIDEST} columns, x has {x.shape[-1]}")
     if branch is not None and (branch.shape, branch.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"what is added must be like x, {x.dtype} {list(x.shape)}: it is {branch.dtype} "
-                         f"{list(branch.shape)}")
+        kinds = [f"{t.dtype} {list(t.shape)}" for t in (x, branch)]
+        raise ValueError(f"what is added must be like x: {kinds[1]} is not {kinds[0]}")
     y, total, _, _ = _norm_op(x, branch, weight, bias, eps)
     return y, total
 
 
 @lru_cache
-def apex_norm(kind: str) -> Callable[..., torch.Tensor] | None:
-    """NVIDIA Apex's norm, "rms" (x, weight, shape, eps) or "layer" (x, weight, bias, shape, eps); None where it is not,
-    or does not give what torch gives for a few numbers: PyPI has another project of that name."""
+def apex_norm(kind: str) -> Callable[..., Tensor] | None:
+    """NVIDIA Apex's norm, "rms" (x, weight, shape, eps) or "layer" (x, weight, bias, shape, eps). None where it is not
+    installed or gives other numbers than ours: PyPI has another project of that name."""
     try:
-        from apex.normalization import fused_layer_norm as apex
+        from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
 
-        ours, theirs = ((F.rms_norm, apex.fused_rms_norm_affine) if kind == "rms" else
-                        (F.layer_norm, apex.fused_layer_norm_affine))
-        x, *parameters = torch.linspace(-1, 2, 96 if kind == "rms" else 128, device="cuda").view(-1, 32).split(
-            [2] + [1] * (1 if kind == "rms" else 2))
-        parameters = [p.view(32) for p in parameters]
-        good = torch.allclose(theirs(x, *parameters, (32,), 1e-5), ours(x, (32,), *parameters, 1e-5), atol=1e-5)
-        return theirs if good else None
+        x = torch.linspace(-1, 2, 96, device="cuda").view(3, 32)
+        theirs, parameters = (fused_rms_norm_affine, [x[0]]) if kind == "rms" else (fused_layer_norm_affine, [*x[:2]])
+        ours: Callable[..., Tensor] = rms_norm if kind == "rms" else layer_norm
+        good = torch.allclose(theirs(x, *parameters, (32,), 1e-5), ours(x, *parameters, 1e-5), atol=1e-5)
     except Exception:  # whatever is wrong with it, it is not what was looked for
         return None
+    return theirs if good else None
 
 
-def _apex(kind: str, by: str) -> Callable[..., torch.Tensor]:
+def _apex(kind: str, by: str) -> Callable[..., Tensor]:
     if by != "apex":
         raise ValueError(f"a norm's by is {by!r}; there are 'torch', 'triton' and 'apex'")
-    found = apex_norm(kind)
-    if found is None:
-        raise RuntimeError("NVIDIA Apex is not installed here, or its norms do not give the right numbers")
-    return found
+    if found := apex_norm(kind):
+        return found
+    raise RuntimeError("NVIDIA Apex is not installed here, or its norms do not give the right numbers")
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, by: str = "torch") -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, by: str = "torch") -> Tensor:
     """x [..., width], weight [width] -> [..., width]; by "torch", "triton" or "apex"."""
-    if by == "torch":
-        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
     if by == "triton":
         return _triton(x, None, weight, None, eps)[0]
-    return _apex("rms", by)(x, weight, x.shape[-1:], eps)
+    if by != "torch":
+        return _apex("rms", by)(x, weight, x.shape[-1:], eps)
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *,
-               by: str = "torch") -> torch.Tensor:
-    """x [..., width], weight and bias [width] -> [..., width]; by "torch", "triton" or "apex".
-
-    On a CPU torch sums the gradients of weight and bias in the dtype they have: over 4,096 rows of bf16 half of a bias'
-    gradient is lost. Its CUDA kernel sums in fp32.
-    """
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, by: str = "torch") -> Tensor:
+    """x [..., width], weight and bias [width] -> [..., width]; by "torch", "triton" or "apex"."""
     if by == "triton":
         return _triton(x, None, weight, bias, eps)[0]
     if by != "torch":
@@ -427,20 +381,17 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     return _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return]
 
 
-def add_rms_norm(x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, *,
-                 by: str = "torch") -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *, by: str = "torch") -> tuple[Tensor, Tensor]:
     """(rms_norm(total), total), total = x + branch rounded to their dtype: the next residual, and what is normalised.
-
-    By "triton" both ways are one pass each: the gradient of total is added in the norm's backward.
-    """
+    By "triton" it is one pass each way: the gradient of total is added in the norm's backward."""
     if by == "triton":
         return _triton(x, branch, weight, None, eps)
     total = x + branch
     return rms_norm(total, weight, eps, by=by), total
 
 
-def add_layer_norm(x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *,
-                   by: str = "torch") -> tuple[torch.Tensor, torch.Tensor]:
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, *,
+                   by: str = "torch") -> tuple[Tensor, Tensor]:
     """As `add_rms_norm`, with LayerNorm."""
     if by == "triton":
         return _triton(x, branch, weight, bias, eps)
