@@ -1,0 +1,212 @@
+"""Byte ranges of a compressed or plain file, so that several workers can share one dump.
+
+A bz2 file may hold many streams one after another (a multistream dump has one for every 100 pages; parallel compressors
+make one for every 900 kB). A stream belongs to the range in which its first byte lies. A range's reader goes on beyond
+its end on demand, so that a page which begins in the range can be finished.
+
+Format of bz2: "BZh", a digit, then the magic of a block, 48 bits; https://en.wikipedia.org/wiki/Bzip2#File_format.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NoReturn, Protocol
+
+from engine.errors import UserError
+
+_STREAM = re.compile(rb"BZh[1-9]1AY&SY")
+_MAGIC = 10  # bytes that _STREAM matches
+_FEED = 16 << 10  # bytes given to a decoder at once: what is left of them at a stream's end is copied
+_BLOCK = 1 << 20
+
+
+class BrokenStream(Exception):
+    """Compressed data that cannot be read on; the reader has moved to the next stream, if there is one."""
+
+    def __init__(self, message: str, stream: int, own: bool) -> None:
+        super().__init__(message)
+        self.stream, self.own = stream, own
+        """File offset of the stream, and whether this range's reader is the one to report it."""
+
+
+class RangeReader(Protocol):
+    """The decompressed bytes of a range, and after them those that follow it in the file."""
+
+    past_end: bool
+    """Whether the bytes last read lie beyond the range. No read returns bytes of both sides."""
+    stream: int
+    """File offset of the stream that the bytes last read came from; 0 in a file without streams."""
+    skipped: int
+    """Decompressed bytes of that stream before the first byte read: where a plain file's range starts."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes, b"" only at the file's end. Raises BrokenStream; reading may go on after it."""
+
+    def close(self) -> None:
+        """Closes the file."""
+
+
+def read_range(path: str | Path, start: int = 0, stop: int | None = None) -> RangeReader:
+    """Opens bytes [start, stop) of a file (None: to its end), decompressed by what the file holds: bz2 by streams, plain
+    by bytes; gzip and zstd cannot be entered in the middle, so all of such a file belongs to the range with byte 0.
+
+    Raises UserError when the file cannot be opened."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+            size = file.seek(0, 2)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    stop = size if stop is None else min(stop, size)
+    if magic[:3] == b"BZh":
+        return _Bz2Range(path, start, stop)
+    if magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd":
+        return _WholeRange(_zstd(path) if magic[:1] == b"\x28" else gzip.open(path, "rb"), 0 < start or stop <= 0)
+    return _PlainRange(path, start, stop)
+
+
+def _zstd(path: str | Path) -> IO[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{path} is zstd; reading it needs the package zstandard: pip install 'triax[data]'") from None
+    return zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
+
+
+class _PlainRange:
+    """A range of an uncompressed file."""
+
+    def __init__(self, path: str | Path, start: int, stop: int) -> None:
+        self._file = open(path, "rb")
+        self._file.seek(start)
+        self._left = max(0, stop - start)
+        self.past_end, self.stream, self.skipped = False, 0, start
+
+    def read(self, size: int, /) -> bytes:
+        self.past_end = self._left == 0
+        data = self._file.read(size if self.past_end else min(size, self._left))
+        self._left = max(0, self._left - len(data))
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _WholeRange:
+    """A compressed file that is read from its beginning or not at all."""
+
+    def __init__(self, file: IO[bytes], empty: bool) -> None:
+        self._file, self._ended = file, empty
+        self.past_end, self.stream, self.skipped = empty, 0, 0
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            return b"" if self._ended else self._file.read(size)
+        except Exception as error:
+            self._ended = True  # there is no place to go on from
+            if not isinstance(error, OSError | EOFError | zlib.error) and type(error).__name__ != "ZstdError":
+                raise
+            raise BrokenStream(f"the compressed file is broken or cut short: {error}", 0, True) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Bz2Range:
+    """The streams of a bz2 file that begin in [start, stop), one after another, then those beyond."""
+
+    def __init__(self, path: str | Path, start: int, stop: int) -> None:
+        self._file = open(path, "rb", buffering=_BLOCK)
+        self._stop = stop
+        self._decoder: bz2.BZ2Decompressor | None = None
+        self.past_end, self.stream, self.skipped = False, 0, 0
+        self._enter(next(_candidates(self._file, start, stop), None))
+
+    def _enter(self, offset: int | None) -> None:
+        """Begins the stream at a file offset; None: there is no other."""
+        self._decoder = None
+        if offset is not None:
+            # Fed from its first byte on in equal parts: what a broken stream yields must not depend on what went before.
+            self._file.seek(offset)
+            self._decoder = bz2.BZ2Decompressor()
+            self.stream, self.past_end = offset, offset >= self._stop
+
+    def read(self, size: int, /) -> bytes:
+        while self._decoder is not None:
+            if self._decoder.eof:
+                self._next(self._decoder)
+                continue
+            data = self._file.read(_FEED) if self._decoder.needs_input else b""
+            if not data and self._decoder.needs_input:
+                self._fail(self.stream, "is cut short")
+            try:
+                out = self._decoder.decompress(data, size)
+            except OSError:
+                self._fail(self.stream, "is broken")
+            if out:
+                return out
+        return b""
+
+    def _next(self, ended: bz2.BZ2Decompressor) -> None:
+        """Goes to the stream that follows the one just ended."""
+        offset = self._file.tell() - len(ended.unused_data)
+        self._file.seek(offset)
+        begins = self._file.read(3)
+        if begins and begins != b"BZh":
+            self._fail(offset, "does not begin as one")
+        self._enter(offset if begins else None)
+
+    def _fail(self, offset: int, what: str) -> NoReturn:
+        own = not self.past_end
+        self._enter(next(_candidates(self._file, offset + 1, None), None))
+        raise BrokenStream(f"the bz2 stream at byte {offset:,} of the file {what}", offset, own)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _candidates(file: IO[bytes], start: int, stop: int | None) -> Iterator[int]:
+    """Offsets from `start`, and before `stop`, of the ten bytes that begin a bz2 stream which is not empty."""
+    file.seek(start)
+    held, base = b"", start
+    while stop is None or base < stop:
+        data = file.read(_BLOCK)
+        if not data:
+            return
+        held += data
+        for match in _STREAM.finditer(held):
+            if stop is not None and base + match.start() >= stop:
+                return
+            yield base + match.start()
+        base += max(0, len(held) - _MAGIC + 1)
+        held = held[-_MAGIC + 1 :]
+
+
+def bz2_streams(path: str | Path) -> list[int]:
+    """The byte offsets of a bz2 file's streams that hold data, in order. Each is a real one: its first block decodes, or
+    the ten bytes there are chance. (This reads the file; `read_range` finds its streams by itself.)
+
+    Raises UserError when the file cannot be opened."""
+    try:
+        with open(path, "rb", buffering=_BLOCK) as file, open(path, "rb") as probe:
+            return [offset for offset in _candidates(file, 0, None) if _decodes(probe, offset)]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _decodes(file: IO[bytes], offset: int) -> bool:
+    """Whether the first block at an offset yields a byte; bzip2 must undo a whole block for that."""
+    decoder = bz2.BZ2Decompressor()
+    file.seek(offset)
+    try:
+        while not decoder.eof and (data := file.read(_FEED)):
+            if decoder.decompress(data, 1):
+                return True
+    except OSError:
+        pass
+    return False
