@@ -45,8 +45,8 @@ class Skipped:
 
 
 REASONS = ("redirect", "namespace", "model", "empty", "fault")
-"""Why a page is skipped: it redirects; is outside the main namespace; holds no wikitext (but CSS, JSON ..); has no text;
-is not well-formed."""
+"""Why a page is skipped: it redirects; is outside the main namespace; holds no wikitext (but CSS, JSON ..); has no
+text; is not well-formed."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,10 @@ from __future__ import annotations
 MARK = "\0"
 """Stands where something was dropped, so that only there is anything repaired. XML cannot hold it."""
 
+BREAK = "\1"
+"""At a line's beginning: the line is no continuation of the paragraph before it. XML cannot hold it either."""
+NEW_LINE = "\n" + BREAK
+
 _SEPARATORS = " ,;:/，、；："
 _OPENING, _CLOSING = ("(", "（", "["), (")", "）", "]")
 _COMMAS = tuple(",;，、；")
@@ -12,8 +16,8 @@ _NO_SPACE_BEFORE = tuple(" ,.;:!?)\n") + _CLOSING + tuple("，。、；：")
 
 
 def close_gaps(text: str) -> str:
-    """`(MARK; MARK)` goes, `(MARK; born` becomes `(born`, `died MARK)` becomes `died)`, `a MARK , b` becomes `a, b`. Marks
-    remain, for a line may have nothing else."""
+    """`(MARK; MARK)` goes, `(MARK; born` becomes `(born`, `died MARK)` becomes `died)`, `a MARK , b` becomes `a, b`.
+    Marks remain, for a line may have nothing else."""
     if MARK not in text:
         return text
     pieces = text.split(MARK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-from engine.data.wiki.gaps import MARK
+from engine.data.wiki.gaps import BREAK, MARK
 
 _SPECIAL = frozenset("=*#:;|-")
 _QUOTES = re.compile("('{2,})")
@@ -19,27 +19,39 @@ _OWN_MAGIC_WORD = re.compile(r"__[^\W\d_]+(?:_[^\W\d_]+)*__\Z")  # in the wiki's
 
 
 def join_lines(text: str) -> str:
-    """The text of lines of wikitext that have no markup left but a line's own."""
-    out: list[str] = []
-    pending: list[tuple[int, str]] = []  # headings without text so far, each of a higher level than the one before
-    for line in text.split("\n"):
-        line = line.strip()
+    """The text of lines of wikitext that have no markup left but a line's own. Lines of a paragraph become one."""
+    out: list[str] = []  # texts, before each but the first what separates it from the one before
+    headings: list[tuple[int, str]] = []  # without text so far, each of a higher level than the one before
+    gap, in_paragraph = "", False
+    for raw in text.split("\n"):
+        line = raw.strip()
+        if raw[:1] == BREAK:
+            line = line.lstrip(BREAK).lstrip()
         if not line:
-            if out and out[-1]:
-                out.append("")
+            gap, in_paragraph = (gap if raw else "\n\n"), False
             continue
+        plain = line[0] not in _SPECIAL and raw[0] != " "
         level, line = _clean(line)
-        if not line:
-            pass  # what was on it is dropped, with the line
-        elif level:
-            while pending and pending[-1][0] >= level:
-                pending.pop()
-            pending.append((level, line))
-        else:
-            if pending:
-                _flush(pending, out)
-            out.append(line)
-    return "\n".join(out).rstrip("\n")
+        if level and line:
+            while headings and headings[-1][0] >= level:
+                headings.pop()
+            headings.append((level, line))
+        elif line:
+            for _, heading in headings:
+                out += ("\n\n", heading)
+                gap = "\n\n"
+            if plain and in_paragraph and not headings and raw[0] != BREAK:
+                gap = "" if _is_han(out[-1][-1]) and _is_han(line[0]) else " "
+            headings.clear()
+            out += (gap, line)
+            gap = "\n"
+        in_paragraph = plain and bool(line) and not level
+    return "".join(out[1:]).replace(BREAK, "")
+
+
+def _is_han(character: str) -> bool:
+    """Whether it is of a script that puts no spaces between words, where a line break stands for nothing."""
+    return "\u2e80" <= character < "\ua4d0" or "\uf900" <= character < "\ufb00" or "\uff00" <= character <= "\uffef"
 
 
 def _clean(line: str) -> tuple[int, str]:
@@ -62,15 +74,6 @@ def _clean(line: str) -> tuple[int, str]:
     return level, line
 
 
-def _flush(pending: list[tuple[int, str]], out: list[str]) -> None:
-    """Writes headings, a blank line before and after each."""
-    for _, heading in pending:
-        if out and out[-1]:
-            out.append("")
-        out += (heading, "")
-    pending.clear()
-
-
 def _unmarked(line: str) -> tuple[int, str]:
     """A line's level as a heading, 0 if it is none, and its text without the mark."""
     first = line[0]
@@ -88,8 +91,8 @@ def _unmarked(line: str) -> tuple[int, str]:
 
 
 def _unquoted(line: str) -> str:
-    """Without the quotes of bold (three), italic (two) and both (five); where a line's quotes don't match, one of three is
-    an apostrophe (l'''homme''), chosen as MediaWiki does."""
+    """Without the quotes of bold (three), italic (two) and both (five); where a line's quotes don't match, one of three
+    is an apostrophe (l'''homme''), chosen as MediaWiki does."""
     if "'''" not in line:
         return line.replace("''", "")
     parts = _QUOTES.split(line)
@@ -104,7 +107,7 @@ def _unquoted(line: str) -> str:
 
 
 def _apostrophe(parts: list[str], runs: list[int]) -> int:
-    """Which run of three holds an apostrophe: the first after a word of one letter, else after a longer, else a space."""
+    """Which run of three holds an apostrophe: the first after a word of one letter, else a longer one, else a space."""
     ranks = {}
     for number, run in enumerate(runs):
         if run in (3, 4):

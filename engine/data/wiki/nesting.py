@@ -10,7 +10,8 @@ from engine.data.wiki.site import Site
 from engine.data.wiki.templates import Arguments, Rule, Templates
 
 MAX_DEPTH = 40
-"""MediaWiki's own limit of templates in templates. Deeper ones are dropped: joining them at every depth takes squared time."""
+"""MediaWiki's own limit of templates in templates. Deeper ones are dropped: to join them at every depth takes squared
+time."""
 
 _TOKEN = re.compile(r"(\{\{|\}\}|\[\[|\]\])")
 _OPENER = {"}}": "{{", "]]": "[["}
@@ -133,8 +134,8 @@ def _balanced(pieces: list[str]) -> list[str]:
 
 
 def drop_tables(text: str) -> str:
-    """The text without {| .. |} at the beginning of lines. Of a table without an end, and of one without a beginning, only
-    the lines that begin as a table's do are lost (here or in `lines`)."""
+    """The text without {| .. |} at the beginning of lines. Of a table without an end, and of one without a beginning,
+    only the lines that begin as a table's do are lost (here or in `lines`)."""
     if "{|" not in text:
         return text
     text = "\n" + text

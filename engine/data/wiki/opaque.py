@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from engine.data.wiki.gaps import MARK
+from engine.data.wiki.gaps import MARK, NEW_LINE
 
 _KEPT = ("nowiki", "pre")
 _NAMES = _KEPT + tuple(
@@ -42,7 +42,9 @@ def hide_opaque(text: str) -> tuple[str, bool]:
                 return hide_opaque(_STAND_IN.sub("", text))
             hidden = True
             content = text[at:start].translate(_HIDE)
-            out.append(f"\n{content}\n" if name == "pre" else content)
+            if name == "pre":
+                content = f"\n{content}\n".replace("\n", NEW_LINE)
+            out.append(content)
             at = end
         elif name == "!--":
             # A comment that has a line to itself leaves no blank line.

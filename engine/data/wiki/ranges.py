@@ -52,8 +52,8 @@ class RangeReader(Protocol):
 
 
 def read_range(path: str | Path, start: int = 0, stop: int | None = None) -> RangeReader:
-    """Opens bytes [start, stop) of a file (None: to its end), decompressed by what the file holds: bz2 by streams, plain
-    by bytes; gzip and zstd cannot be entered in the middle, so all of such a file belongs to the range with byte 0.
+    """Opens bytes [start, stop) of a file (None: to its end), decompressed by what the file holds: bz2 by streams,
+    plain by bytes; gzip and zstd cannot be entered in the middle: such a file belongs to the range with byte 0.
 
     Raises UserError when the file cannot be opened."""
     try:
@@ -100,7 +100,7 @@ class _PlainRange:
 class _WholeRange:
     """A compressed file that is read from its beginning or not at all."""
 
-    def __init__(self, file: IO[bytes], empty: bool) -> None:
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, empty: bool) -> None:
         self._file, self._ended = file, empty
         self.past_end, self.stream, self.skipped = empty, 0, 0
 
@@ -131,7 +131,7 @@ class _Bz2Range:
         """Begins the stream at a file offset; None: there is no other."""
         self._decoder = None
         if offset is not None:
-            # Fed from its first byte on in equal parts: what a broken stream yields must not depend on what went before.
+            # Fed from its first byte on in equal parts: what a broken one yields must not depend on what went before.
             self._file.seek(offset)
             self._decoder = bz2.BZ2Decompressor()
             self.stream, self.past_end = offset, offset >= self._stop
@@ -188,8 +188,8 @@ def _candidates(file: IO[bytes], start: int, stop: int | None) -> Iterator[int]:
 
 
 def bz2_streams(path: str | Path) -> list[int]:
-    """The byte offsets of a bz2 file's streams that hold data, in order. Each is a real one: its first block decodes, or
-    the ten bytes there are chance. (This reads the file; `read_range` finds its streams by itself.)
+    """The byte offsets of a bz2 file's streams that hold data, in order. Each is a real one: its first block decodes;
+    else the ten bytes there are chance. (This reads the whole file; `read_range` finds its streams by itself.)
 
     Raises UserError when the file cannot be opened."""
     try:

@@ -25,12 +25,13 @@ CANONICAL: dict[int, tuple[str, ...]] = {
 }  # fmt: skip
 """Names that hold on every wiki, by key; those of siteinfo are added to them."""
 
-# Aliases are not in siteinfo. These are in wide use, and no article's title begins with one of them and a colon.
-_FILE_ALIASES = """Bild Datei Fichier Archivo Imagen Immagine Imagem Ficheiro Arquivo Afbeelding Bestand Plik Grafika
-Файл Изображение Зображення ファイル 画像 文件 档案 檔案 图像 圖像 파일 그림 ملف صورة پرونده Fil Tiedosto Kuva Soubor Fájl Kép
-Dosya Resim Tập_tin Hình Berkas Gambar קובץ תמונה Αρχείο Εικόνα Fitxer Imatge चित्र Mynd Dosiero Slika Датотека"""
-_CATEGORY_ALIASES = """Kategorie Catégorie Categoría Categoria Categorie Kategoria Категория Категорія カテゴリ 分类 分類
-분류 تصنيف رده Kategori Luokka Kategória Kategori Thể_loại קטגוריה Κατηγορία श्रेणी Flokkur Bólkur Kategorio Kategorija
+# Aliases are not in siteinfo. These are in wide use, and hardly an article's title begins with one of them and a colon.
+_FILE_ALIASES = """Bild Datei Fichier Archivo Imagen Immagine Imagem Ficheiro Arquivo Afbeelding Bestand Plik
+Grafika Файл Изображение Зображення ファイル 画像 文件 档案 檔案 图像 圖像 파일 그림 ملف صورة پرونده Fil Tiedosto Kuva
+Soubor Fájl Kép Dosya Resim Tập_tin Hình Berkas Gambar קובץ תמונה Αρχείο Εικόνα Fitxer Imatge चित्र Mynd Dosiero Slika
+Датотека"""
+_CATEGORY_ALIASES = """Kategorie Catégorie Categoría Categoria Categorie Kategoria Категория Категорія カテゴリ 分类
+分類 분류 تصنيف رده Kategori Luokka Kategória Thể_loại קטגוריה Κατηγορία श्रेणी Flokkur Bólkur Kategorio Kategorija
 Категорија Категории Katégória"""
 
 _LANGUAGES = frozenset("""
@@ -51,7 +52,8 @@ VARIANT_LANGUAGES = frozenset(("zh", "gan", "sr", "sh", "kk", "ku", "iu", "shi",
 """Languages whose wikis write -{..}-: https://www.mediawiki.org/wiki/Writing_systems/LanguageConverter."""
 
 _FILE_NAME = re.compile(
-    r"\.(?:jpe?g|png|gif|svg|tiff?|webp|xcf|bmp|djvu|pdf|stl|og[gav]|opus|flac|mp3|wav|midi?|webm|mpe?g)\Z", re.IGNORECASE
+    r"\.(?:jpe?g|png|gif|svg|tiff?|webp|xcf|bmp|djvu|pdf|stl|og[gav]|opus|flac|mp3|wav|midi?|webm|mpe?g)\Z",
+    re.IGNORECASE,
 )
 
 

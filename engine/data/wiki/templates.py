@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from engine.data.wiki.gaps import NEW_LINE
 from engine.data.wiki.site import Site
 
 
@@ -51,7 +52,7 @@ def _names(text: str) -> list[str]:
 
 def _block(text: str) -> str:
     """A text on lines of its own."""
-    return f"\n{text}\n" if text else ""
+    return f"{NEW_LINE}{text}{NEW_LINE}" if text else ""
 
 
 def _quoted(arguments: Arguments) -> str:
@@ -62,8 +63,9 @@ _RANGE_WORDS = {
     "to": " to ", "-": "–", "–": "–", "to-": "–", "to(-)": " to ", "and": " and ", "or": " or ", "by": " by ",
     "x": " × ", "×": " × ", "*": " × ", "+/-": " ± ", "±": " ± ", "+": " + ", ",": ", ", "and(-)": " and ",
 }  # fmt: skip
-_UNITS = {"C": "°C", "F": "°F", "sqmi": "sq mi", "sqft": "sq ft", "sqkm": "km²", "km2": "km²", "m2": "m²", "cuft": "cu ft",
-          "km3": "km³", "m3": "m³", "cm2": "cm²", "cumi": "cu mi"}  # fmt: skip
+_UNITS = {"C": "°C", "F": "°F", "sqmi": "sq mi", "sqft": "sq ft", "sqkm": "km²", "km2": "km²", "m2": "m²",
+          "cuft": "cu ft", "km3": "km³", "m3": "m³", "cm2": "cm²", "cumi": "cu mi"}  # fmt: skip
+_SMALLER_UNITS = ("in", "oz", "lb", "yd", "ft")  # of a measure in two
 _NUMBER = re.compile(r"[-+−–]?[\d.,/]+(?:e[-+]?\d+)?\Z")
 
 
@@ -78,8 +80,7 @@ def _convert(arguments: Arguments) -> str:
             out += _RANGE_WORDS[following]
         elif following:
             out += f" {_UNITS.get(following, following)}"
-            compound = at + 3 < len(words) and _NUMBER.match(words[at + 2]) and words[at + 3] in ("in", "oz", "lb", "yd", "ft")
-            if not compound:
+            if at + 3 >= len(words) or not _NUMBER.match(words[at + 2]) or words[at + 3] not in _SMALLER_UNITS:
                 break
             out += " "
         at += 2
@@ -119,12 +120,21 @@ def _argument(number: int) -> Rule:
     return lambda arguments: arguments[number]
 
 
+def _either(*numbers: int) -> Rule:
+    """The first of these that is given."""
+    return lambda arguments: next((arguments[number] for number in numbers if arguments[number]), "")
+
+
 def _joined(mark: str) -> Rule:
     return lambda arguments: mark.join(arguments.numbered())
 
 
 def _before(text: str) -> Rule:
     return lambda arguments: f"{text}{arguments[1]}" if arguments[1] else ""
+
+
+def _around(before: str, after: str) -> Rule:
+    return lambda arguments: f"{before}{arguments[1]}{after}" if arguments[1] else ""
 
 
 def _constant(text: str) -> Rule:
@@ -135,49 +145,8 @@ def _last(arguments: Arguments) -> str:
     return (arguments.numbered() or [""])[-1]
 
 
-def _rules() -> dict[str, Rule]:
-    """The rules that hold on any wiki, by the template's name in lower case."""
-    rules: dict[str, Rule] = {}
-    first = """nowrap, nobr, nobold, noitalic, normal, small, smaller, big, large, larger, midsize, em, strong, bold, italic, abbr,
-        tooltip, sic, sup, sub, smallcaps, sc, code, kbd, samp, tt, mono, var, mvar, not a typo, as written, proper name,
-        ill, interlanguage link, interlanguage link multi, vanchor, visible anchor, flag, flagu, flagcountry, nts, formatnum,
-        formnum, format price, le, lj, link-interwiki, center, centered, script, nihongo2, native name, nq, rail gauge, railgauge"""
-    rules |= {name: _argument(1) for name in _names(first)}
-    rules |= {name: _argument(2) for name in _names("lang, langx, rtl-lang, wikt-lang, color, font color, resize, audio")}
-    rules |= {name: _last for name in _names("transl, transliteration, tlit")}
-    rules |= {name: _quoted for name in _names("quote, blockquote, cquote, bquote, quotation, poemquote, zitat")}
-    blocks = "plainlist, flatlist, columns-list, columns list, poem, block indent"
-    rules |= {name: lambda arguments: _block(_last(arguments)) for name in _names(blocks)}
-    rules |= {name: _joined("\n") for name in _names("ubl, unbulleted list, bulleted list, ordered list")}
-    rules |= {"hlist": _joined(", "), "linktext": _joined(""), "chem": _joined(""), "chem2": _joined(""), "gaps": _joined("")}
-    rules |= {name: _convert for name in _names("convert, cvt")}
-    rules |= {name: _fraction for name in _names("frac, sfrac, fraction")}
-    rules |= {name: _nihongo for name in _names("nihongo, nihongo4, nihongo krt")}
-    rules |= {"val": _value, "as of": _as_of, "bibleverse": _joined(" "), "bibleref": _joined(" "), "ship": _ship}
-    prefixes = {"c. ": "circa, c., ca.", "fl. ": "floruit, fl.", "née ": "née, nee", "US$": "us$, usd", "₹": "inr, ₹",
-                "£": "£, gbp", "€": "€, eur", "ISBN ": "isbn", "ISSN ": "issn", "OCLC ": "oclc"}  # fmt: skip
-    for prefix, names in prefixes.items():
-        rules |= {name: _before(prefix) for name in _names(names)}
-    for name in _names("HMS, USS, SS, RMS, HMAS, HMCS, HMNZS, INS, SMS, USCGC, USNS, MV, MS"):
-        rules[name.lower()] = _before(f"{name} ")
-    constants = {"—": "mdash, em dash, emdash, mdashb, —", "–": "ndash, en dash, endash, –", " ": "nbsp, space, thinsp, nnbsp",
-                 " – ": "snd, snds, spnd, spaced ndash, spaced en dash, spaced endash", " · ": "dot, ·, •, middot, bullet",
-                 "'": "', ’", "'s": "'s", '"': '-"', "'\"": "' \"", "|": "!", "=": "="}  # fmt: skip
-    for text, names in constants.items():
-        rules |= {name: _constant(text) for name in _names(names)}
-    rules |= {"\n|}\n": _constant("\n|}\n")} | {name: _constant("\n|}\n") for name in _names("end, table end, s-end")}
-    rules['"'] = lambda arguments: f'"{arguments[1]}"' if arguments[1] else ""
-    rules["ipa"] = lambda arguments: arguments[1] if arguments.count == 1 else ""  # two: how a name is pronounced
-    rules |= {name: lambda arguments: f"⟨{arguments[1]}⟩" for name in _names("angbr, vr, angle bracket")}
-    rules |= {"e": _before("×10^"), "x10^": _before("×10^"), "ipaslink": lambda arguments: f"/{arguments[1]}/"}
-    rules |= {"us patent": _before("U.S. Patent "), "dash year": _joined("–"), "harvtxt": _authors}
-    rules |= {"spaces": _constant(" "), "music": lambda arguments: _MUSIC.get(arguments[1], "")}
-    rules["currency"] = lambda arguments: f"{arguments[2]} {arguments[1]}".strip()
-    rules["oldstyledate"] = lambda arguments: f"{arguments[1]} [O.S. {arguments[3]}] {arguments[2]}"
-    return rules
-
-
-_MUSIC = {"flat": "♭", "b": "♭", "sharp": "♯", "#": "♯", "natural": "♮"}
+def _pronunciation(arguments: Arguments) -> str:
+    return arguments[1] if arguments.count == 1 else ""  # with a language it tells how a name is said
 
 
 def _authors(arguments: Arguments) -> str:
@@ -186,59 +155,87 @@ def _authors(arguments: Arguments) -> str:
     return f"{' & '.join(authors)} ({year})" if authors else year
 
 
-def _ship(arguments: Arguments) -> str:
-    return f"{arguments[1]} {arguments[2]}".strip()
-
-
 def _century(arguments: Arguments) -> str:
     return f"{arguments[1]}{arguments[2] or 'e'} siècle" if arguments[1] else ""
 
 
-def _of_language(language: str) -> dict[str, Rule]:
-    """The rules of one language's wikis."""
-    if language == "de":
-        return {"höhe": lambda arguments: f"{arguments[1]} m", "sic": _constant("")}
-    if language == "fr":
-        first = {name: _argument(1) for name in _names("nombre, nb, citation, citation étrangère, lien, incise, petit, exp")}
-        return first | {
-            "unité": _joined(" "), "date": _joined(" "), "date-": _joined(" "), "s": _century, "s-": _century,
-            "e": _constant("e"), "er": _constant("er"), "re": _constant("re"), "citation bloc": _quoted, "ind": _argument(1),
-        }  # fmt: skip
-    if language == "zh":
-        return {
-            "bd": lambda arguments: f"{arguments[1]}{arguments[2]}－{arguments[3]}{arguments[4]}",
-            "tsl": lambda arguments: arguments[3] or arguments[2], "translink": lambda arguments: arguments[3] or arguments[2],
-        }  # fmt: skip
-    return {}
+def _label(arguments: Arguments) -> str:
+    """{{lb|en|transitive}}: (transitive)."""
+    return f"({', '.join(arguments.numbered()[1:])})"
 
 
-def _of_wiktionary() -> dict[str, Rule]:
-    """The rules of Wiktionaries: https://en.wiktionary.org/wiki/Wiktionary:Templates."""
-    def label(arguments: Arguments) -> str:
-        return f"({', '.join(arguments.numbered()[1:])})"
+_MUSIC = {"flat": "♭", "b": "♭", "sharp": "♯", "#": "♯", "natural": "♮"}
 
-    def gloss(arguments: Arguments) -> str:
-        return f"({', '.join(arguments.numbered())})"
+Rules = tuple[tuple[Rule, str], ...]
 
-    linked = _names("l, link, m, mention, m+, ll, t, t+, tt, tt+, ux, uxi, usex, w, term, taxlink, vern, def-date")
-    rules: dict[str, Rule] = {name: lambda arguments: arguments[3] or arguments[2] or arguments[1] for name in linked}
-    rules |= {name: _argument(2) for name in _names("ux, uxi, usex, lang")}
-    rules |= {name: lambda arguments: arguments[2] or arguments[1] for name in _names("w, taxlink")}
-    rules |= {name: label for name in _names("lb, lbl, label, tlb")}
-    rules |= {name: gloss for name in _names("gloss, gl, q, qual, qualifier, i, s, sense")}
-    rules |= {name: _argument(1) for name in _names("non-gloss definition, non-gloss, n-g, ngd, vern")}
-    rules |= {name: _joined(", ") for name in _names("n, suffix of")}
-    return rules
+_COMMON: Rules = (
+    (_argument(1), "nowrap, nobr, nobreak, nobold, noitalic, normal, small, smaller, big, large, larger, midsize, em"),
+    (_argument(1), "strong, bold, italic, abbr, tooltip, sic, sup, sub, smallcaps, sc, code, kbd, samp, tt, mono, var"),
+    (_argument(1), "mvar, math, not a typo, as written, proper name, nq, ill, interlanguage link, vanchor, le, lj"),
+    (_argument(1), "interlanguage link multi, link-interwiki, visible anchor, flag, flagu, flagcountry, nts, formatnum"),
+    (_argument(1), "formnum, format price, center, centered, script, nihongo2, native name, rail gauge, railgauge"),
+    (_argument(2), "lang, langx, rtl-lang, wikt-lang, color, font color, resize, audio"),
+    (_last, "transl, transliteration, tlit"),
+    (_quoted, "quote, blockquote, cquote, bquote, quotation, poemquote, zitat"),
+    (lambda arguments: _block(_last(arguments)), "plainlist, flatlist, columns-list, columns list, poem, block indent"),
+    (_joined(NEW_LINE), "ubl, unbulleted list, bulleted list, ordered list"),
+    (_joined(", "), "hlist"), (_joined(""), "linktext, chem, chem2, gaps"), (_joined("–"), "dash year"),
+    (_joined(" "), "bibleverse, bibleref"), (_convert, "convert, cvt"), (_fraction, "frac, sfrac, fraction"),
+    (_value, "val"), (_as_of, "as of"), (_nihongo, "nihongo, nihongo4, nihongo krt"), (_authors, "harvtxt"),
+    (_pronunciation, "ipa"), (_around("/", "/"), "ipaslink"), (_around("⟨", "⟩"), "angbr, angle bracket, vr"),
+    (_around('"', '"'), '"'), (_before("×10^"), "e, x10^"), (_before("c. "), "circa, c., ca."),
+    (_before("née "), "née, nee"), (_before("fl. "), "floruit, fl."), (_before("US$"), "us$, usd"), (_before("₹"), "inr, ₹"), (_before("£"), "£, gbp"),
+    (_before("€"), "€, eur"), (_before("ISBN "), "isbn"), (_before("ISSN "), "issn"), (_before("OCLC "), "oclc"),
+    (_before("U.S. Patent "), "us patent"), (lambda arguments: f"{arguments[1]} {arguments[2]}", "ship"),
+    (lambda arguments: f"{arguments[2]} {arguments[1]}".strip(), "currency"),
+    (lambda arguments: f"{arguments[1]} [O.S. {arguments[3]}] {arguments[2]}", "oldstyledate"),
+    (lambda arguments: _MUSIC.get(arguments[1], ""), "music"),
+    (_constant("—"), "mdash, em dash, emdash, mdashb, —"), (_constant("–"), "ndash, en dash, endash, –"),
+    (_constant(" – "), "snd, snds, spnd, spaced ndash, spaced en dash, spaced endash"),
+    (_constant(" "), "nbsp, space, spaces, thinsp, nnbsp"), (_constant(" · "), "dot, ·, •, middot, bullet"),
+    (_constant("'"), "', ’"), (_constant("'s"), "'s"), (_constant('"'), '-"'), (_constant("'\""), "' \""),
+    (_constant("|"), "!"), (_constant("="), "="), (_constant("\n|}\n"), "end, table end, s-end"),
+)  # fmt: skip
+"""What stands for a template, and the names of the templates in lower case."""
+
+_SHIPS = "HMS, USS, SS, RMS, HMAS, HMCS, HMNZS, INS, SMS, USCGC, USNS, MV, MS"
+
+_OF_LANGUAGE: dict[str, Rules] = {
+    "de": ((_around("", " m"), "höhe"), (_constant(""), "sic")),
+    "fr": (
+        (_argument(1), "nombre, nb, citation, citation étrangère, lien, incise, petit, exp, ind"),
+        (_quoted, "citation bloc"), (_joined(" "), "unité, date, date-"), (_century, "s, s-, siècle"),
+        (_constant("e"), "e"), (_constant("er"), "er"), (_constant("re"), "re"),
+    ),
+    "zh": (
+        (_either(3, 2), "tsl, translink"),
+        (lambda arguments: f"{arguments[1]}{arguments[2]}－{arguments[3]}{arguments[4]}", "bd"),
+    ),
+}  # fmt: skip
+
+_OF_WIKTIONARY: Rules = (
+    (_either(3, 2, 1), "l, link, ll, m, m+, mention, t, t+, tt, tt+, term"),
+    (_either(2, 1), "w, taxlink, ux, uxi, usex"),
+    (_label, "lb, lbl, label, tlb"),
+    (lambda arguments: f"({', '.join(arguments.numbered())})", "gloss, gl, q, qual, qualifier, i, s, sense"),
+    (_argument(1), "non-gloss definition, non-gloss, n-g, ngd, vern"),
+)
+"""https://en.wiktionary.org/wiki/Wiktionary:Templates."""
+
+
+def _by_name(rules: Rules) -> dict[str, Rule]:
+    return {name: rule for rule, names in rules for name in _names(names)}
 
 
 class Templates:
     """What templates stand for on one wiki."""
 
     def __init__(self, site: Site) -> None:
-        self._rules = _rules() | _of_language(site.language)
+        self._rules = _by_name(_COMMON) | {name.lower(): _before(f"{name} ") for name in _names(_SHIPS)}
+        self._rules |= _by_name(_OF_LANGUAGE.get(site.language, ()))
         self._is_wiktionary = site.dbname.endswith("wiktionary")
         if self._is_wiktionary:
-            self._rules |= _of_wiktionary()
+            self._rules |= _by_name(_OF_WIKTIONARY)
 
     def rule(self, name: str) -> Rule | None:
         """What makes the text of the template with this name, as written before the first |; None: it is dropped."""

@@ -15,7 +15,8 @@ _VARIANT = re.compile(r"-\{([^{}]*+)\}-")
 _CODE = r"\s*+(?:[^;:|]*=>)?\s*+([a-z]{2,3}(?:-[a-z]{2,8})*+)\s*+"
 _RULE = re.compile(f"{_CODE}:(.*)", re.DOTALL)
 _NEXT_RULE = re.compile(f";(?={_CODE.replace('([a-z]', '(?:[a-z]')}:)")
-_FLAGS = re.compile(r"\s*+(?:[AHTRDN-]|[a-z]{2,3}-[a-z]{2,8})(?:\s*+;\s*+(?:[AHTRDN-]|[a-z]{2,3}(?:-[a-z]{2,8})?+))*+\s*+\Z")
+_FLAG = r"\s*+(?:[AHTRDN-]|[a-z]{2,3}(?:-[a-z]{2,8})*+)\s*+"
+_FLAGS = re.compile(f"{_FLAG}(?:;{_FLAG})*+\\Z")
 _SILENT = frozenset("HT-")  # adds a rule; sets the title; removes a rule
 
 

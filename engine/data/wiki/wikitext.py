@@ -6,10 +6,11 @@ links; then what may nest, by counting braces (`nesting`); tables, HTML tags; la
 time linear in the text, whatever is in it: a pattern's repetition ends where the next candidate begins, a nested text
 is joined at most `nesting.MAX_DEPTH` times.
 
-What comes out: a paragraph is a line as its authors wrote it, one blank line between two of them and around headings,
-an item of a list is a line without its mark; no space at a line's end, no runs of spaces. Dropped are templates but
-those in `templates`, tables, references, formulas, code blocks, galleries, files with their captions, categories,
-links to other languages, and headings with nothing under them. Markup that is not closed loses its mark alone.
+What comes out: a paragraph is one line, its authors' line breaks gone as on the page; a blank line between
+paragraphs and around headings; an item of a list is a line without its mark; no space at a line's end, no runs of spaces. Dropped are
+templates but those in `templates`, tables, references, formulas, code blocks, galleries, files with their captions,
+categories, links to other languages, and headings with nothing under them. Markup that is not closed loses its mark
+alone.
 
 Syntax: https://www.mediawiki.org/wiki/Help:Formatting, /wiki/Help:Links, /wiki/Help:Tables, /wiki/Markup_spec.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import re
 
 from engine.data.wiki.dump import Page
-from engine.data.wiki.gaps import MARK, close_gaps
+from engine.data.wiki.gaps import BREAK, MARK, NEW_LINE, close_gaps
 from engine.data.wiki.lines import join_lines
 from engine.data.wiki.nesting import drop_tables, nesting_of
 from engine.data.wiki.opaque import hide_opaque, show_hidden
@@ -28,10 +29,11 @@ from engine.data.wiki.variants import choose_variants
 
 # Of these three the text of one element ends at the latest where the next begins: no search is done twice.
 _REFERENCE = re.compile(r"<ref\b[^<>]*+>(?:(?<=/>)|[^<]*+(?:<(?!/?ref\b)[^<]*+)*+</ref\s*+>)", re.IGNORECASE)
-_DROPPED_NAMES = "references|gallery|imagemap|includeonly|indicator|table|poll|quiz|style|script|slideshow|dynamicpagelist"
+_DROPPED_NAMES = "references|gallery|imagemap|includeonly|indicator|table|poll|quiz|style|script|slideshow"
 _DROPPED = re.compile(
     rf"<({_DROPPED_NAMES})\b[^<>]*+>(?:(?<=/>)|[^<]*+(?:<(?!/?\1\b)[^<]*+)*+</\1\s*+>)", re.IGNORECASE
 )
+_POEM = re.compile(r"<poem\b[^<>]*+>[^<]*+(?:<(?!/?poem\b)[^<]*+)*+</poem\s*+>", re.IGNORECASE)
 _NESTED_ELEMENTS = 4  # how deep such elements (tables) are followed
 
 # [[target]] and [[target|label]]; the group is what is shown. With a colon, or nested, they are left to `nesting`.
@@ -61,9 +63,9 @@ def article(page: Page, site: Site) -> str | None:
 
 
 def strip(wikitext: str, site: Site) -> str:
-    """The text that a reader sees, without markup; the module says what is kept. Any string is taken, in linear time."""
+    """The text that a reader sees, without markup; the module says what is kept. Takes any string, in linear time."""
     text = wikitext.replace("\r\n", "\n").replace("\r", "\n") if "\r" in wikitext else wikitext
-    text = text.replace("\t", " ").replace("&nbsp;", " ").replace("&#160;", " ").replace(MARK, "")
+    text = text.replace("\t", " ").replace("&nbsp;", " ").replace("&#160;", " ").replace(MARK, "").replace(BREAK, "")
     hidden = False
     if "<" in text:
         text, hidden = hide_opaque(text)
@@ -79,7 +81,7 @@ def strip(wikitext: str, site: Site) -> str:
         text = choose_variants(text, site.language in VARIANT_LANGUAGES)
     text = drop_tables(text)
     if "<" in text:
-        text = _INLINE_TAG.sub("", _BLOCK_TAG.sub("\n", text))
+        text = _INLINE_TAG.sub("", _BLOCK_TAG.sub(NEW_LINE, text))
     text = join_lines(close_gaps(text))
     return show_hidden(text) if hidden else text
 
@@ -91,7 +93,7 @@ def _drop_elements(text: str) -> str:
         text, count = _DROPPED.subn(MARK, text)
         if not count:
             break
-    return text
+    return _POEM.sub(lambda match: match[0].replace("\n", NEW_LINE), text)
 
 
 def _drop_urls(text: str) -> str:

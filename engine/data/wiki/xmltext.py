@@ -9,8 +9,8 @@ _REFERENCE = re.compile(r"&(?:(lt|gt|quot|apos|amp)|#(\d{1,8})|#x([0-9A-Fa-f]{1,
 
 
 def unescape(text: str) -> str:
-    """The text that an XML element's content stands for. An entity XML doesn't define is kept as it is written; a number
-    that is no character becomes U+FFFD."""
+    """The text that an XML element's content stands for. An entity XML doesn't define is kept as it is written; a
+    number that is no character becomes U+FFFD."""
     if "&" not in text:
         return text
     if "&#" in text:
