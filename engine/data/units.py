@@ -110,18 +110,19 @@ def constants(count: int, stream: int) -> np.ndarray:
         return scramble(counter) | np.uint64(1)
 
 
-def runs(hashes: np.ndarray, length: int) -> np.ndarray:
-    """Hashes of all runs of `length` units, uint64 [units - length + 1] (empty when there are fewer units)."""
+def run_sums(hashes: np.ndarray, length: int) -> np.ndarray:
+    """Equal for equal runs of `length` units, else different, but not evenly spread: uint64 [units - length + 1] (empty
+    when there are fewer units)."""
     count = max(len(hashes) - length + 1, 0)
     total = np.zeros(count, np.uint64)
-    for factor, shift in zip(constants(length, 1), range(length), strict=True):
+    for shift, factor in enumerate(constants(length, 1)):
         total += hashes[shift : shift + count] * factor
-    return scramble(total)
+    return total
 
 
-def is_spaceless(found: Units) -> bool:
-    """Whether most units are letters of scripts without spaces."""
-    return 2 * int(np.count_nonzero(found.spaceless)) > len(found.spaceless)
+def runs(hashes: np.ndarray, length: int) -> np.ndarray:
+    """Hashes of all runs of `length` units, uint64 [units - length + 1]."""
+    return scramble(run_sums(hashes, length))
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str]]:
