@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from html.entities import html5
 
 from engine.data.wiki.gaps import BREAK, MARK
 
@@ -117,7 +118,7 @@ def _apostrophe(parts: list[str], runs: list[int]) -> int:
 
 
 def _entity(match: re.Match[str]) -> str:
-    text = html.unescape(match[0])
+    text = html.unescape(match[0]) if match[0][1] == "#" else html5.get(match[0][1:], match[0])
     return " " if text in "\n\r\t\xa0" else text.replace(MARK, "")
 
 

@@ -154,7 +154,7 @@ def drop_tables(text: str) -> str:
         out.append(text[at:start])
         at = end
     out.append(text[at:])
-    text = "\n".join(out)
+    text = f"\n{MARK}".join(out)
     if opened:
         text = _UNCLOSED_TABLE_LINE.sub("", text)
     return text[1:]

@@ -7,10 +7,10 @@ time linear in the text, whatever is in it: a pattern's repetition ends where th
 is joined at most `nesting.MAX_DEPTH` times.
 
 What comes out: a paragraph is one line, its authors' line breaks gone as on the page; a blank line between
-paragraphs and around headings; an item of a list is a line without its mark; no space at a line's end, no runs of spaces. Dropped are
-templates but those in `templates`, tables, references, formulas, code blocks, galleries, files with their captions,
-categories, links to other languages, and headings with nothing under them. Markup that is not closed loses its mark
-alone.
+paragraphs and around headings; an item of a list is a line without its mark; no space at a line's end, no runs of
+spaces. Dropped are templates but those in `templates`, tables, references, formulas, code blocks, galleries, files
+with their captions, categories, links to other languages, and headings with nothing under them. Markup that is not
+closed loses its mark alone.
 
 Syntax: https://www.mediawiki.org/wiki/Help:Formatting, /wiki/Help:Links, /wiki/Help:Tables, /wiki/Markup_spec.
 """
@@ -82,6 +82,7 @@ def strip(wikitext: str, site: Site) -> str:
     text = drop_tables(text)
     if "<" in text:
         text = _INLINE_TAG.sub("", _BLOCK_TAG.sub(NEW_LINE, text))
+    text = text.replace("\n" + NEW_LINE, NEW_LINE)  # it began a line already: no blank one before it
     text = join_lines(close_gaps(text))
     return show_hidden(text) if hidden else text
 
