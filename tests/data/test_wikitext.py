@@ -220,8 +220,8 @@ MARKUP = st.sampled_from([
     "{{", "}}", "[[", "]]", "[", "]", "|", "{|", "|}", "|-", "\n", "\n\n", "'", "''", "'''", "=", "==", "<ref>",
     "</ref>", "<ref", "/>", "<!--", "-->", "<nowiki>", "</nowiki>", "<pre>", "</pre>", "<math>", "</math>", "<br>",
     "<table>", "</table>", "-{", "}-", "zh-hans:", ";", "&amp;", "&#1;", "&", "(", ")", ", ", "* ", ": ", "# ", "File:",
-    "a.jpg", "de:", "convert", "5", "lang", "nowrap", "quote", "formatnum:", "http://", "__TOC__", "word", "\0", "\1", "\ufdd0",
-    "国", " ", "\ud800", "val", "e=", "as of", "13", "end", "!", "frac", "\r",
+    "a.jpg", "de:", "convert", "5", "lang", "nowrap", "quote", "formatnum:", "http://", "__TOC__", "word",
+    "\0", "\1", "\ufdd0", "国", " ", "\ud800", "val", "e=", "as of", "13", "end", "!", "frac", "\r",
 ])  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from html.entities import html5
 from engine.data.wiki.gaps import BREAK, MARK
 
 _SPECIAL = frozenset("=*#:;|-")
+_AFTER_DROPPED = MARK + " .,;:"
 _QUOTES = re.compile("('{2,})")
 _ENTITY = re.compile(r"&(?:#[0-9]{1,8}|#[xX][0-9a-fA-F]{1,7}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 _WORD = re.compile(r"\w")
@@ -59,6 +60,9 @@ def _clean(line: str) -> tuple[int, str]:
     """A line's level as a heading, 0 if it is none, and its text."""
     level = 0
     if MARK in line:
+        bare = line.lstrip("*#:; ")
+        if bare[0] == MARK:  # a list of works: what followed the one dropped is left
+            line = bare.lstrip(_AFTER_DROPPED)
         line = line.replace(MARK, "").strip()
         if not _WORD.search(line):
             return 0, ""
@@ -88,7 +92,7 @@ def _unmarked(line: str) -> tuple[int, str]:
         return 0, ""
     if first == "-":
         return 0, line.lstrip("-").strip() if line.startswith("----") else line
-    return 0, line.lstrip("*#:; ")
+    return 0, line.lstrip("*#:; ").strip()
 
 
 def _unquoted(line: str) -> str:
