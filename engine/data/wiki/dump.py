@@ -64,31 +64,28 @@ class PageFault:
 
 def is_dump(path: str | Path) -> bool:
     """Whether a file, decompressed, begins as a MediaWiki dump. Raises UserError when it cannot be opened."""
-    reader = read_range(path)
-    try:
-        head = reader.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except BrokenStream:
-        return False
-    finally:
-        reader.close()
-    return head.startswith(b"<") and b"<mediawiki" in head
+    head = _head(path, 1024, b"<mediawiki").removeprefix(b"\xef\xbb\xbf").lstrip()
+    return head.startswith(b"<") and b"<mediawiki" in head[:1024]
 
 
 def read_site(path: str | Path) -> Site:
     """The wiki a dump is of; see `site_of`. Raises UserError."""
+    return site_of(_head(path, _HEAD_BYTES, b"</siteinfo>", _OPEN).partition(_OPEN)[0])
+
+
+def _head(path: str | Path, size: int, *marks: bytes) -> bytes:
+    """The beginning of a file, decompressed: about `size` bytes, or until one of the marks was read."""
     reader = read_range(path)
-    head = b""
+    head, data = b"", b" "
     try:
-        while len(head) < _HEAD_BYTES and b"</siteinfo>" not in head and _OPEN not in head:
-            data = reader.read(16 << 10)
-            if not data:
-                break
+        while data and len(head) < size and not any(mark in head for mark in marks):
+            data = reader.read(min(size, 16 << 10))
             head += data
     except BrokenStream:
         pass  # the pages' reader meets it again, and reports it
     finally:
         reader.close()
-    return site_of(head.partition(_OPEN)[0])
+    return head
 
 
 def read_pages(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[bytes | PageFault]:

@@ -64,14 +64,12 @@ class Nesting:
     def _template(self, inner: list[str]) -> str:
         """What stands for the template with this content."""
         name = inner[0].partition("|")[0]
-        rule = self._rules.get(name, self)
-        if rule is self:
-            rule = self._rule(name)
+        rule = self._rules[name] if name in self._rules else self._rule(name)
         if rule is not None:
             text = "".join(inner)
             if ":" in name:
                 text = text.replace(":", "|", 1)
-            return rule(Arguments(text.partition("|")[2]))  # type: ignore[operator]
+            return rule(Arguments(text.partition("|")[2]))
         for piece in inner:
             if "\n==" in piece:  # braces that were closed by another's end: a template has no headings
                 return "".join(inner)
