@@ -71,9 +71,10 @@ class PretrainBatches:
 
 
 def read(samples: Rows, start: int, count: int, documents: bool) -> Batch:
-    """Samples start .. start + count - 1 as a batch; with `documents` it says where documents begin."""
+    """Samples start .. start + count - 1 as a batch; with `documents` it says where documents begin. The arrays are
+    contiguous: a copy here, in the thread that reads ahead, saves one in the step."""
     rows = samples.rows(start, count)
-    return Batch(rows[:, :-1], rows[:, 1:], samples.begins(start, count)[:, :-1] if documents else None)
+    return Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), samples.begins(start, count)[:, :-1] if documents else None)
 
 
 def share_of(batch: Batch, dp_rank: int, dp: int) -> Batch:

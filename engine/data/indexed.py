@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from engine.data.files import TokenFile, Watched, lower_bound, map_random
 from engine.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -54,10 +55,12 @@ class IndexedDataset:
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise UserError(f"{path} does not exist; a corpus is given as its prefix, without .bin or .idx")
+        self._watched = [Watched(path) for path in (self.idx_path, self.bin_path)]
         self.dtype, sequences, documents = self._read_header()
         self._map_index(sequences, documents)
         self._check_ends()
         self.tokens = _map(self.bin_path, self.dtype)  # [total]
+        self._pieces = TokenFile(self.bin_path, self.dtype)
 
     def _read_header(self) -> tuple[np.dtype[Any], int, int]:
         """The token dtype, the number of sequences and the length of the document index, checked against the size."""
@@ -89,6 +92,9 @@ class IndexedDataset:
         self.sizes: np.ndarray = np.frombuffer(raw, "<i4", sequences, at)
         self.pointers: np.ndarray = np.frombuffer(raw, "<i8", sequences, at + 4 * sequences)
         self.document_index: np.ndarray = np.frombuffer(raw, "<i8", documents, at + 12 * sequences)
+        looked_up = map_random(self.idx_path)
+        self._pointers = np.frombuffer(looked_up, "<i8", sequences, at + 4 * sequences)
+        self._first_sequences = np.frombuffer(looked_up, "<i8", documents - 1, at + 12 * sequences)
 
     def _check_ends(self) -> None:
         """The entries every reader relies on: where the stream starts and where the last sequence ends."""
@@ -132,12 +138,58 @@ class IndexedDataset:
             )
         return start
 
-    def documents_between(self, start: int, stop: int) -> np.ndarray:
-        """Where in `tokens` documents begin, of those that begin in [start, stop): int64, ascending. An empty document
-        begins where the next one does. Binary search: only the index' entries on its way are read."""
-        low, high = np.searchsorted(self.pointers, np.array([start, stop]) * self.dtype.itemsize)
-        first, last = np.searchsorted(self.document_index[:-1], [low, high])
-        return self.pointers[self.document_index[first:last]] // self.dtype.itemsize
+    def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The tokens [start, start + length) of each piece [n], one piece after another [sum of lengths], from the file
+        itself. Raises UserError where it cannot be read."""
+        return self._pieces.read(starts, lengths)
+
+    def begins(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Which tokens of the pieces begin a document, as `read` puts them: bool [sum of lengths]. An empty document
+        begins where the next one does. Raises UserError where the index contradicts itself."""
+        low, high = self._first_documents(np.stack([starts, starts + lengths]))
+        ends = np.cumsum(np.maximum(high - low, 0))  # [n]: documents up to each piece's end
+        into = np.cumsum(lengths) - lengths
+        out = np.zeros(int(lengths.sum()), bool)
+        for at in range(0, int(ends[-1]) if len(ends) else 0, _BLOCK):
+            number = np.arange(at, min(at + _BLOCK, int(ends[-1])))
+            piece = np.searchsorted(ends, number, side="right")
+            documents = high[piece] - ends[piece] + number
+            offsets = self._token_starts(documents) - starts[piece]
+            wrong = np.flatnonzero((offsets < 0) | (offsets >= lengths[piece]))
+            if wrong.size:
+                n = wrong[0]
+                raise UserError(
+                    f"{self.idx_path}: document {documents[n]} starts at token {starts[piece[n]] + offsets[n]}, out of "
+                    f"order among those of tokens {starts[piece[n]]} to {starts[piece[n]] + lengths[piece[n]]}"
+                )
+            out[into[piece] + offsets] = True
+        return out
+
+    def _first_documents(self, positions: np.ndarray) -> np.ndarray:
+        """The first document that begins at each position or after it; `documents` where none does."""
+        sequences = lower_bound(self._pointers, positions.ravel() * self.dtype.itemsize)
+        # Where each document is one sequence, the sequence's number is the answer: two entries show it.
+        found = np.minimum(sequences, self.documents)
+        firsts = self._first_sequences
+        if self.documents:
+            here, before = firsts[np.minimum(found, self.documents - 1)], firsts[np.maximum(found - 1, 0)]
+            right = ((here >= sequences) | (found == self.documents)) & ((before < sequences) | (found == 0))
+            found[~right] = lower_bound(firsts, sequences[~right])
+        return found.reshape(positions.shape)
+
+    def _token_starts(self, documents: np.ndarray) -> np.ndarray:
+        """`token_start` of many documents, of which none begins at the stream's end."""
+        sequences = self._first_sequences[documents]
+        wrong = np.flatnonzero((sequences < 0) | (sequences >= len(self._pointers)))
+        if wrong.size:
+            raise UserError(f"{self.idx_path}: document {documents[wrong[0]]} starts at sequence "
+                            f"{sequences[wrong[0]]} of {len(self._pointers)}")
+        return self._pointers[sequences] // self.dtype.itemsize
+
+    def check_unchanged(self) -> None:
+        """Raises UserError, saying what has changed, when either file is not what it was when it was opened."""
+        for watched in self._watched:
+            watched.check()
 
     def document(self, document: int) -> np.ndarray:
         """The tokens of one document, a view of the file [length]. Raises UserError when the index is broken there."""
@@ -174,7 +226,7 @@ def check_ids(ids: np.ndarray, vocab_size: int | None, where: str) -> None:
     """Raises UserError when an id is negative or not below vocab_size (None: any)."""
     if ids.size == 0:
         return
-    low, high = int(ids.min()), int(ids.max())
+    low, high = 0 if ids.dtype.kind == "u" else int(ids.min()), int(ids.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         wrong = low if low < 0 else high
         raise UserError(f"{where}: token id {wrong} is outside the vocabulary of {vocab_size} entries")
@@ -200,7 +252,7 @@ class IndexedWriter:
         self.dtype = token_dtype(vocab_size) if dtype is None else np.dtype(dtype)
         self.sequences = self.documents = self.tokens = 0
         self.folder = with_suffix(prefix, ".partial")
-        self._lock = _claim(self.folder)
+        self._lock = claim(self.folder)
         self._bin = open(self.folder / "bin", "wb")
         self._sizes = open(self.folder / "sizes", "wb")
         self._ends = open(self.folder / "ends", "wb")
@@ -231,22 +283,22 @@ class IndexedWriter:
     def finish(self, info: Mapping[str, Any] | None = None) -> None:
         """Puts PREFIX.bin, PREFIX.idx and, when info is given, PREFIX.json in place, in that order."""
         for file in (self._bin, self._sizes, self._ends):
-            _sync(file)
+            sync(file)
             file.close()
         with open(self.folder / "idx", "wb") as idx:
             self._write_index(idx)
-            _sync(idx)
+            sync(idx)
         if info is not None:
             with open(self.folder / "json", "w", encoding="utf-8") as text:
                 json.dump(info, text, ensure_ascii=False, indent=2)
                 text.write("\n")
-                _sync(text)
+                sync(text)
         # An index beside another corpus' tokens would be worse than none: the old one goes before anything comes.
         for suffix in (".json", ".idx"):
             with_suffix(self.prefix, suffix).unlink(missing_ok=True)
         for suffix in (".bin", ".idx") + ((".json",) if info is not None else ()):
             os.replace(self.folder / suffix[1:], with_suffix(self.prefix, suffix))
-        _sync_folder(self.folder.parent)
+        sync_folder(self.folder.parent)
         self.abort()
 
     def _write_index(self, idx: IO[bytes]) -> None:
@@ -279,8 +331,9 @@ class IndexedWriter:
         self.abort()
 
 
-def _claim(folder: Path) -> IO[bytes]:
-    """Creates the folder, or takes over one whose run has died; the lock is held until the file is closed."""
+def claim(folder: Path, clear: bool = True) -> IO[bytes]:
+    """Creates the folder, or takes over one whose run has died, removing what that left if `clear`; the lock is held
+    until the file is closed. Raises UserError when it cannot be written, or another run holds it."""
     try:
         folder.mkdir(exist_ok=True)
         lock = open(folder / "lock", "wb")
@@ -291,18 +344,20 @@ def _claim(folder: Path) -> IO[bytes]:
     except OSError as error:
         lock.close()
         raise UserError(f"another run is writing {folder}; wait for it or choose another output prefix") from error
-    for left in folder.iterdir():
+    for left in folder.iterdir() if clear else ():
         if left.name != "lock":
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     return lock
 
 
-def _sync(file: IO[Any]) -> None:
+def sync(file: IO[Any]) -> None:
+    """Brings what was written to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from engine.errors import UserError
@@ -175,6 +177,113 @@ def test_hostile_middle_entries_are_refused_on_access(tmp_path: Path) -> None:
             corpus.document(1)
         with pytest.raises(UserError):
             corpus.verify()
+
+
+PIECES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12)), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=30), wanted=PIECES, data=st.data())
+def test_pieces_and_where_their_documents_begin(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], wanted: list[tuple[float, int]], data: st.DataObject
+) -> None:
+    """Documents of one sequence or several, empty ones among them, against a search through all."""
+    prefix = tmp_path_factory.mktemp("c") / "c"
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(lengths)), max_size=len(lengths))))
+    per_document = np.diff([0, *cuts, len(lengths)])
+    total = sum(lengths)
+    with IndexedWriter(prefix, 60000) as writer:
+        writer.add_documents(np.arange(total), np.array(lengths), per_document)
+        writer.finish()
+    corpus = IndexedDataset(prefix)
+    starts = np.array([int(share * total) for share, _ in wanted], np.int64)
+    sizes = np.array([min(size, total - start) for (_, size), start in zip(wanted, starts, strict=True)], np.int64)
+    tokens = corpus.read(starts, sizes)
+    expected = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    np.testing.assert_array_equal(tokens, np.concatenate([np.empty(0), *expected]))
+    first_tokens = np.cumsum([0, *lengths])[np.cumsum([0, *per_document])[:-1]]  # token i of this corpus is i
+    np.testing.assert_array_equal(corpus.begins(starts, sizes), np.isin(tokens, first_tokens))
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [(54, 1 << 40, ""), (54, -2, ""), (54, 1, ""), (78, 9, "starts at sequence 9 of 3"),
+     (78, -1, "starts at sequence -1"), (78, 2, "")],
+)
+def test_hostile_middle_entries_never_crash_the_search_for_documents(
+    tmp_path: Path, at: int, value: int, message: str
+) -> None:
+    write(tmp_path / "c", [[1], [2, 3], [4]])
+    idx = bytearray((tmp_path / "c.idx").read_bytes())
+    struct.pack_into("<q", idx, at, value)
+    (tmp_path / "c.idx").write_bytes(idx)
+    corpus = IndexedDataset(tmp_path / "c")
+    refused = ""
+    for start in range(4):
+        for size in range(1, 5 - start):
+            try:
+                assert corpus.begins(np.array([start]), np.array([size])).shape == (size,)
+            except UserError as error:
+                refused = str(error)
+                assert "c.idx" in refused
+    assert message in refused
+
+
+def test_many_documents_without_a_token_begin_where_the_next_one_does(tmp_path: Path) -> None:
+    """More of them than are handled at a time."""
+    empty = (1 << 20) + 5
+    with IndexedWriter(tmp_path / "c", 100) as writer:
+        writer.add_documents(np.arange(9), np.array([4, 5]), np.array([1, *[0] * empty, 1]))
+        writer.finish()
+    corpus = IndexedDataset(tmp_path / "c")
+    assert corpus.documents == empty + 2
+    assert np.flatnonzero(corpus.begins(np.array([0, 3]), np.array([9, 3]))).tolist() == [0, 4, 10]
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def _append(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"12")
+
+
+def _rewrite(path: Path) -> None:
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # later, however coarse this file system's clock is
+
+
+def _replace_file(path: Path) -> None:
+    fresh = path.with_name("fresh")
+    fresh.write_bytes(path.read_bytes())
+    os.utime(fresh, ns=(0, path.stat().st_mtime_ns + 1))
+    os.replace(fresh, path)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_cut, "it had [0-9]+ bytes and has [0-9]+ now"), (_append, "it had [0-9]+ bytes and has [0-9]+ now"),
+     (_rewrite, "it was last written at .* and is now of"), (_replace_file, "it was last written at .* and is now of"),
+     (Path.unlink, "has gone since it was opened")],
+)
+def test_a_file_that_changes_after_it_was_opened_is_named(tmp_path: Path, suffix: str, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    write(tmp_path / "c", [[1, 2, 3], [4, 5]])
+    corpus = IndexedDataset(tmp_path / "c")
+    corpus.check_unchanged()
+    change(tmp_path / f"c{suffix}")
+    with pytest.raises(UserError, match=message) as caught:
+        corpus.check_unchanged()
+    assert f"c{suffix}" in str(caught.value)
+
+
+def test_a_bin_that_is_cut_under_a_reader_is_an_error_not_a_signal(tmp_path: Path) -> None:
+    write(tmp_path / "c", [list(range(900))] * 10)
+    corpus = IndexedDataset(tmp_path / "c")
+    os.truncate(tmp_path / "c.bin", 9000)
+    with pytest.raises(UserError, match="c.bin ends at byte 9000, 6 bytes before"):
+        corpus.read(np.array([0, 4498]), np.array([5, 5]))
 
 
 def test_verify_names_an_id_past_the_vocabulary(tmp_path: Path) -> None:

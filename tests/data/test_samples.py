@@ -61,7 +61,7 @@ def test_every_label_position_is_met_once_an_epoch(
     assert np.all(np.diff(rows, axis=1) % tokens == 1)  # each row is a run of the stream, read as a ring
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(1, 30), min_size=1, max_size=12), start=st.integers(0, 100), seed=st.integers(0, 9))
 def test_rows_do_not_depend_on_chunking(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], start: int, seed: int
@@ -109,10 +109,9 @@ def test_documents_begin_where_the_index_says(
 
 def test_documents_of_several_sequences_begin_once(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "c", 60000) as writer:
-        writer.add_documents(np.arange(20), np.array([5, 5, 10]))
+        writer.add_documents(np.arange(20), np.array([5, 5, 10]), np.array([2, 1]))
         writer.finish()
     samples = open_samples(str(tmp_path / "c"), seq_len=4, seed=0)
-    samples.corpus.document_index = np.array([0, 2, 3])  # the first two sequences are one document
     rows, begins = samples.rows(0, 10), samples.begins(0, 10)
     np.testing.assert_array_equal(begins, np.isin(rows, [0, 10]))
 
@@ -159,6 +158,18 @@ def test_ids_past_the_vocabulary_are_seen_when_read(tmp_path: Path) -> None:
     open_samples(prefix, seq_len=10, seed=0, vocab_size=100).rows(0, 10)
     with pytest.raises(UserError, match="token id 99 is outside the vocabulary of 99"):
         open_samples(prefix, seq_len=10, seed=0, vocab_size=99).rows(0, 20)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_corpus_that_changes_under_a_run_stops_it(tmp_path: Path, suffix: str, documents: bool) -> None:
+    blend = f"{corpus(tmp_path, [100])}:0.5,{corpus(tmp_path, [100], 'd')}:0.5"
+    samples = open_samples(blend, seq_len=10, seed=0)
+    samples.rows(0, 4)
+    with open(tmp_path / f"d{suffix}", "r+b") as file:
+        file.truncate(60)
+    with pytest.raises(UserError, match=f"d{suffix} "):
+        samples.begins(4, 4) if documents else samples.rows(4, 4)
 
 
 WEIGHTS = st.lists(st.floats(1e-9, 1.0), min_size=1, max_size=4)
