@@ -20,7 +20,7 @@ class Golden:
     title: str
     begins: str
     paragraphs: tuple[int, int]
-    """Texts between blank lines: at least, at most; a third of the wikitext, or a fifth, is not enough to tell."""
+    """Texts between blank lines: at least, at most."""
     size: tuple[int, int]
     """Letters: at least, at most."""
     kept: tuple[str, ...]
