@@ -2,7 +2,7 @@
 
 The rules are Gopher's (Rae et al. 2021, arXiv:2112.11446, A.1.1 and table A1, but its English stop words) and FineWeb's
 (Penedo et al. 2024, arXiv:2406.17557, 3.6), with their thresholds unless said below. What they count in words is
-counted in units (units.py), 1.6 characters to a word where a script has no spaces, so that the same numbers serve
+counted in units (units.py), 1.6 letters to a word where a script has no spaces, so that the same numbers serve
 Chinese, Japanese and Thai. A measure that means nothing for a text is not a number, and no rule fails by it.
 """
 
@@ -153,7 +153,7 @@ class Measures:
     # No longer run occurs more often than a shorter one in it, nor covers more when it occurs again: what was found
     # for one length bounds all that follow.
     _most = sys.maxsize
-    _repeated = 1.0
+    _repeated = math.inf
 
     def _run_length(self, words: int) -> int:
         return round(words * WORDS_IN_CHARACTERS) if self.is_spaceless else words
@@ -162,9 +162,13 @@ class Measures:
     def _total(self) -> int:
         return max(int(self.sizes.sum()), 1)
 
+    @cached_property
+    def _biggest(self) -> int:
+        return int(self.sizes.max(initial=0))
+
     def _longest(self, length: int) -> float:
         """At least the share of the units' characters in any one run."""
-        return length * int(self.sizes.max(initial=0)) / self._total
+        return length * self._biggest / self._total
 
 
 def repeated(parts: Sequence[str], by_characters: bool) -> float:

@@ -2,7 +2,7 @@
 
 A unit is a maximal run of letters, numbers and the marks on them, or one letter of a script without spaces (Chinese,
 Japanese, Thai, Lao, Khmer, Burmese) with its marks. Punctuation, symbols and spaces separate units and belong to none.
-Near-duplicate detection hashes runs of units, quality rules count them.
+Near-duplicate detection compares runs of units, quality rules count them.
 
 No Python loop runs over characters: a text becomes an array of code points, a unit's hash is the difference of two
 prefix sums of c[i] B^i mod 2^64 divided by B^start (B is odd, so it has an inverse), and equal words hash alike
@@ -21,9 +21,12 @@ import regex
 OTHER, SPACE, MARK, NUMBER, LETTER, SPACELESS = range(6)
 """What a character is; from MARK on it belongs to a unit."""
 
-WORDS_IN_CHARACTERS = 1.6
-"""Characters that stand for a word where a script has no spaces: 5 words compare to 8 characters. Chinese words have
-1.5 to 1.7 characters on average; a run of n words and one of 1.6 n characters then break alike under an edit."""
+_WORD, _SIGN = 8, 5
+"""What a word and a letter of a script without spaces weigh in a run: 5 words and 8 Chinese characters weigh the same.
+Chinese words have 1.5 to 1.7 characters on average, so that a run breaks equally easily under an edit in both; in mixed
+text a run has its share of each."""
+
+WORDS_IN_CHARACTERS = _WORD / _SIGN
 
 _PIECE = 1 << 15  # characters worked on at once: arrays of 8 bytes a character stay in a core's second-level cache
 _BASE = 0xD1342543DE82EF95
@@ -110,19 +113,41 @@ def constants(count: int, stream: int) -> np.ndarray:
         return scramble(counter) | np.uint64(1)
 
 
-def run_sums(hashes: np.ndarray, length: int) -> np.ndarray:
-    """Equal for equal runs of `length` units, else different, but not evenly spread: uint64 [units - length + 1] (empty
-    when there are fewer units)."""
-    count = max(len(hashes) - length + 1, 0)
+def weigh(spaceless: np.ndarray) -> np.ndarray:
+    """The weight of all units before each, and of all: int64 [units + 1]."""
+    before = np.zeros(len(spaceless) + 1, np.int64)
+    np.cumsum(np.where(spaceless, _SIGN, _WORD), out=before[1:])
+    return before
+
+
+def run_lengths(before: np.ndarray, words: int) -> int | np.ndarray:
+    """How many units the shortest run has that begins at each unit and weighs `words` words or more: one number where
+    all are words, else int64, shorter than the units by the last ones, which have no such run. before: weigh()."""
+    if before[-1] == _WORD * (len(before) - 1):
+        return words
+    target = words * _WORD
+    lengths = np.full(np.searchsorted(before, before[-1] - target, side="right"), words)
+    for length in range(words, -(-target // _SIGN)):  # where so many are too light, one more
+        here = max(min(len(lengths), len(before) - length), 0)
+        lengths[:here] += before[length : length + here] < before[:here] + target
+    return lengths
+
+
+def run_sums(hashes: np.ndarray, lengths: int | np.ndarray) -> np.ndarray:
+    """Equal for equal runs of units, else different, but not evenly spread: uint64 [runs]. Run i begins at unit i and
+    has lengths[i] of them; where lengths is one number, all runs of so many."""
+    if isinstance(lengths, int):
+        count, least, most = max(len(hashes) - lengths + 1, 0), lengths, lengths
+    else:
+        count, least, most = len(lengths), int(lengths.min(initial=1)), int(lengths.max(initial=0))
     total = np.zeros(count, np.uint64)
-    for shift, factor in enumerate(constants(length, 1)):
-        total += hashes[shift : shift + count] * factor
+    for shift, factor in enumerate(constants(most, 1)):
+        here = max(min(count, len(hashes) - shift), 0)
+        term = hashes[shift : shift + here] * factor
+        if shift >= least:
+            term *= lengths[:here] > shift  # type: ignore[index]
+        total[:here] += term
     return total
-
-
-def runs(hashes: np.ndarray, length: int) -> np.ndarray:
-    """Hashes of all runs of `length` units, uint64 [units - length + 1]."""
-    return scramble(run_sums(hashes, length))
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str]]:

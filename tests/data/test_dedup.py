@@ -20,7 +20,7 @@ from engine.data import units as units_room
 from engine.data.dedup import Deduplicator, Dropped, Exact, Method, MinHash, parse_method
 from engine.data.dedup import external as room
 from engine.data.dedup.groups import Groups
-from engine.data.units import SPACELESS, characters, runs, units
+from engine.data.units import SPACELESS, characters, run_lengths, run_sums, units, weigh
 from engine.errors import UserError
 
 TINY = 1  # bytes of memory: the block then is at its least
@@ -44,6 +44,11 @@ def similarity(one: str, other: str, width: int = 5) -> float:
         words = text.split()
         sets.append({tuple(words[at : at + width]) for at in range(len(words) - width + 1)})
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def shingles(text: str) -> set[int]:
+    found = units(text.lower())
+    return set(run_sums(found.hashes, run_lengths(weigh(found.spaceless), 5)).tolist())
 
 
 def drop(folder: Path, method: Method, signatures: np.ndarray, **other: int) -> Dropped:
@@ -239,14 +244,26 @@ def test_units_are_words_or_characters_without_spaces() -> None:
     assert characters("a漢")[1][1] == SPACELESS
 
 
-@given(st.lists(st.sampled_from(["a", "b", "ab", "ba", "漢"]), max_size=20), st.integers(1, 6))
+@given(st.lists(st.sampled_from(["a", "b", "ab", "ba", "漢", "字"]), max_size=20), st.integers(1, 6))
 @LOOSE
-def test_equal_runs_of_units_hash_alike_and_others_do_not(words: list[str], length: int) -> None:
-    hashes = runs(units(" ".join(words)).hashes, length)
-    spans = [tuple(words[at : at + length]) for at in range(len(words) - length + 1)]
-    assert len(hashes) == len(spans)
-    assert len(set(hashes.tolist())) == len(set(spans))
-    assert len({(span, value) for span, value in zip(spans, hashes.tolist(), strict=True)}) == len(set(spans))
+def test_runs_weigh_as_asked_and_hash_alike_when_equal(words: list[str], length: int) -> None:
+    """Eight Chinese letters weigh what five words weigh."""
+    found = units(" ".join(words))
+    lengths = run_lengths(weigh(found.spaceless), length)
+    hashes = run_sums(found.hashes, lengths).tolist()
+    ends = [start + lengths if isinstance(lengths, int) else start + lengths[start] for start in range(len(hashes))]
+    weights = [5 if word in "漢字" else 8 for word in words]
+    for start, end in enumerate(ends):
+        assert sum(weights[start : end - 1]) < 8 * length <= sum(weights[start:end])
+    assert len(ends) == len(words) or sum(weights[len(ends) :]) < 8 * length
+    spans = [tuple(words[start:end]) for start, end in enumerate(ends)]
+    assert len(set(hashes)) == len(set(spans)) == len(set(zip(spans, hashes, strict=True)))
+
+
+def test_five_words_are_eight_chinese_letters() -> None:
+    chinese, english = units("天地玄黄宇宙洪荒日月"), units("a b c d e f g")
+    assert np.array_equal(run_lengths(weigh(chinese.spaceless), 5), [8, 8, 8])
+    assert run_lengths(weigh(english.spaceless), 5) == 5
 
 
 def test_case_and_punctuation_make_no_difference_but_words_do() -> None:
@@ -416,7 +433,7 @@ def test_real_chats_from_templates_are_found_as_often_as_theory_says(shared_data
     says holds on average over sets of hash functions, here 24."""
     rows = json.loads((shared_data / "sft/vicuna_dummy_sharegpt.json").read_text())
     texts = ["\n".join(turn["value"] for turn in row["conversations"]) for row in rows][:120]
-    sets = [set(runs(units(text.lower()).hashes, 5).tolist()) for text in texts]
+    sets = [shingles(text) for text in texts]
     one, other = np.triu_indices(len(texts), 1)
     similar = [len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in zip(one, other, strict=True)]
     theory = np.mean([MinHash().chance(value) for value in similar])
