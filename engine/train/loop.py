@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 from engine.data.batches import Batches
+from engine.data.prefetch import Prefetch
 from engine.train.callbacks import Callback, StepRecord, peak_memory
 from engine.train.engine import Engine, StepResult
 from engine.train.launch import Diverged
@@ -37,14 +37,11 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
     """
     config = engine.config.batch
     final = min(config.steps, config.stop_after or config.steps)
-    with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:  # reads one step ahead of the device
-        ahead = reader.submit(batches.step, engine.step)
+    with Prefetch(batches, engine.step, final) as reader:
         while engine.step < final:
             start = time.perf_counter()
-            batch = ahead.result()
+            batch = reader.step(engine.step)
             waited = time.perf_counter() - start
-            if engine.step + 1 < final:
-                ahead = reader.submit(batches.step, engine.step + 1)
             result = engine.train_step(batch, stop.asked)
             if not result.finite:
                 raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight "
