@@ -22,7 +22,7 @@ from tests.parallel import toys
 
 pytestmark = needs_triton
 FUSED = replace(choose("torch", "sdpa", torch.device("cpu"), torch.float32), norm="triton", rope="triton",
-                activation="triton", loss="triton", optimizer="triton")
+                activation="triton", loss="triton", optimizer="triton", attention="triton")
 STEPS = 2
 FP32 = "--dtype fp32 --lr 1e-3 --layers 2 --seq-len 12 --global-batch 2"
 MODELS = {**toys.MODELS, "documents": f"{toys.MODELS['llama']} --mask-documents"}

@@ -213,21 +213,21 @@ def test_attention(dtype: torch.dtype, kv_heads: int, queries: int, keys: int, i
         return scores.masked_fill(unseen, float("-inf")).softmax(-1) @ v
 
     inputs = [make(2, 4, queries, 16), make(2, kv_heads, keys, 16, seed=1), make(2, kv_heads, keys, 16, seed=2)]
-    assert_as_good(lambda q, k, v: attention(q, k, v, implementation=implementation), plain, inputs, dtype)
+    assert_as_good(lambda q, k, v: attention(q, k, v, by=implementation), plain, inputs, dtype)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "reference"])
 def test_attention_does_not_look_ahead(implementation: str) -> None:
     q, k, v = (make(1, 2, 8, 16, seed=seed) for seed in range(3))
-    before = attention(q, k, v, implementation=implementation)
+    before = attention(q, k, v, by=implementation)
     k[:, :, 5:], v[:, :, 5:] = 100.0, -100.0
-    after = attention(q, k, v, implementation=implementation)
+    after = attention(q, k, v, by=implementation)
     assert torch.equal(before[:, :, :5], after[:, :, :5]) and not torch.equal(before[:, :, 5:], after[:, :, 5:])
 
 
 def test_attention_without_causality_sees_all() -> None:
     q, k, v = (make(1, 2, 3, 16, seed=seed) for seed in range(3))
-    first, second = (attention(q, k, v, causal=False, implementation=name) for name in ("sdpa", "reference"))
+    first, second = (attention(q, k, v, causal=False, by=name) for name in ("sdpa", "reference"))
     torch.testing.assert_close(first, second)
     assert not torch.allclose(first, attention(q, k, v))
 

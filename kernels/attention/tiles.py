@@ -1,0 +1,113 @@
+"""Tiles of rows of one head: their sizes for each GPU, and how they are loaded.
+
+On Hopper tiles come by the tensor memory accelerator: one thread asks for a tile by its coordinates, so neither
+registers nor instructions go into addresses, and what lies outside of the tensor arrives as zeros. Elsewhere, and where
+a tensor's strides are no multiples of 16 bytes, they are loaded through pointers, masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.kernels.language import HOPPER, arch, jit, power_of_two, tl
+
+L2_BYTES = 1 << 25
+"""Of the 40 MB (A100) and 50 MB (H100) of L2 cache, what keys and values may fill."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A kernel's tile of queries and of keys, its warps and the stages of its pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    described: bool = False
+    """Loaded by tensor descriptors."""
+    delayed: bool = False
+    """Forward: probabilities meet their values an iteration later (see forward.py)."""
+
+
+def width_of(d: int) -> int:
+    """Columns of a tile: the power of two that holds d, for Triton has no other. The rest is zeros, multiplied all the
+    same: 80 to 112 cost as much as 128, 160 and 192 as much as 256."""
+    return max(16, power_of_two(d))
+
+
+def describable(*tensors: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can load all of them: 16-byte addresses and strides, contiguous rows."""
+    return arch(tensors[0].device) == HOPPER and all(_aligned(x) for x in tensors)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    strides = [stride * x.element_size() for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return (x.element_size() == 2 and x.data_ptr() % 16 == 0
+            and all(stride > 0 and stride % 16 == 0 for stride in strides))
+
+
+def describe(x: torch.Tensor, tile: list[int]) -> Any:
+    """The descriptor of x, for tiles of that shape."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # The stride of a dimension of size 1 means nothing, but has to be a multiple of 16 bytes like any other.
+    strides = [stride if size > 1 else 8 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], tile)
+
+
+@jit
+def head_of(x, batch, head, batch_stride, head_stride, DESCRIBED: tl.constexpr):
+    """The pointer to a head's rows; a descriptor stays as it is."""
+    if DESCRIBED:
+        return x
+    else:
+        return x + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+
+
+@jit
+def load_tile(x, batch, head, row, rows, stride, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+              EDGE: tl.constexpr, DESCRIBED: tl.constexpr):
+    """[ROWS, WIDTH] from `row` on, of a descriptor or of what head_of gave; zeros beyond D columns and, with EDGE,
+    beyond `rows`."""
+    if DESCRIBED:
+        return x.load([batch, head, row, 0]).reshape(ROWS, WIDTH)
+    else:
+        at = row + tl.arange(0, ROWS)
+        columns = tl.arange(0, WIDTH)
+        pointers = x + at[:, None].to(tl.int64) * stride + columns[None, :]
+        if EDGE:
+            return tl.load(pointers, mask=(at[:, None] < rows) & (columns[None, :] < D), other=0.0)
+        elif D != WIDTH:
+            return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@jit
+def store_tile(x, row, rows, stride, value, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Writes [ROWS, WIDTH] from `row` on, what lies below `rows` and D."""
+    at = row + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    tl.store(x + at[:, None].to(tl.int64) * stride + columns[None, :], value.to(x.dtype.element_ty),
+             mask=(at[:, None] < rows) & (columns[None, :] < D))
+
+
+def forward_tiles(q: torch.Tensor, described: bool) -> Tiles:
+    if arch(q.device) == 0:
+        return Tiles(32, 16, 4, 1)
+    return Tiles(128, 128, 8, 3, True, True)
+
+
+def keys_tiles(q: torch.Tensor, described: bool) -> Tiles:
+    if arch(q.device) == 0:
+        return Tiles(16, 32, 4, 1)
+    return Tiles(64, 128, 8, 2, True)
+
+
+def queries_tiles(q: torch.Tensor, described: bool) -> Tiles:
+    if arch(q.device) == 0:
+        return Tiles(32, 16, 4, 1)
+    return Tiles(128, 64, 8, 2, True)
