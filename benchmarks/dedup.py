@@ -25,7 +25,6 @@ import itertools
 import json
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from common import keep, table
+
+from engine.data.dedup import Deduplicator, MinHash
 
 BANDS, ROWS = 14, 8
 _WORDS = re.compile(r"\w+")
@@ -44,7 +46,6 @@ _CUT = 4000
 """Characters of a document at most: longer articles are cut into several, or one document would be half the corpus."""
 _EDITS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 _BOILERPLATE = (0.05, 0.1, 0.2, 0.4)
-_SIMILAR, _RELATED = 0.8, 0.5
 
 
 class Side(NamedTuple):
@@ -59,10 +60,6 @@ class Side(NamedTuple):
 
 
 def triax(texts: Sequence[str], is_chinese: bool) -> Side:
-    import numpy as np
-
-    from engine.data.dedup import Deduplicator, MinHash
-
     method = MinHash(BANDS, ROWS)
     method.signatures(texts[:1])
 
@@ -76,10 +73,11 @@ def triax(texts: Sequence[str], is_chinese: bool) -> Side:
 
 
 def datasketch(texts: Sequence[str], is_chinese: bool) -> Side:
-    from datasketch import MinHash, MinHashLSH
+    from datasketch import MinHash as Theirs
+    from datasketch import MinHashLSH
 
     def sign(text: str) -> Any:
-        made = MinHash(num_perm=BANDS * ROWS)
+        made = Theirs(num_perm=BANDS * ROWS)
         made.update_batch([shingle.encode() for shingle in shingles(text, is_chinese)])
         return made
 
@@ -96,7 +94,7 @@ def datasketch(texts: Sequence[str], is_chinese: bool) -> Side:
         return [[str(made.hashvalues[at : at + ROWS]) for at in range(0, BANDS * ROWS, ROWS)] for made in signed]
 
     sign(texts[0])
-    return Side(lambda: [sign(text) for text in texts], group, keys)
+    return Side(lambda: list(map(sign, texts)), group, keys)
 
 
 def datatrove(texts: Sequence[str], is_chinese: bool) -> Side:
@@ -117,7 +115,7 @@ def datatrove(texts: Sequence[str], is_chinese: bool) -> Side:
         return union.keepers()
 
     sign(texts[0])
-    return Side(lambda: [sign(text) for text in texts], group, lambda made: [[str(key) for key in row] for row in made])
+    return Side(lambda: list(map(sign, texts)), group, lambda made: [[str(key) for key in row] for row in made])
 
 
 SIDES = {"triax": triax, "datasketch": datasketch, "datatrove": datatrove}
@@ -155,37 +153,43 @@ def similarity(one: set[str], other: set[str]) -> float:
 
 def run_side(name: str, path: Path, is_chinese: bool) -> dict[str, Any]:
     """A turn, in this process."""
+    if name == "many":
+        return many()
     texts = json.loads(path.read_text())
     side = SIDES[name](texts, is_chinese)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_now()
     start = time.process_time()
     made = side.sign()
     signed = time.process_time()
     keepers = side.group(made)
     done = time.process_time()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # beyond what loading the texts took
-    return {"sign": signed - start, "group": done - signed, "peak": peak / 1024, "keepers": keepers,
-            "keys": side.keys(made)}
+    peak = memory_peak() - before
+    return {"sign": signed - start, "group": done - signed, "peak": peak, "keepers": keepers, "keys": side.keys(made)}
 
 
-def turn(name: str, texts: Sequence[str], folder: Path, is_chinese: bool) -> dict[str, Any]:
-    """A turn in a process of its own."""
-    path, out = folder / "texts.json", folder / "result.json"
-    path.write_text(json.dumps(texts))
-    flags = ["--side", name, "--corpus", str(path), "--out", str(out)] + (["--is-chinese"] if is_chinese else [])
-    subprocess.run([sys.executable, __file__, *flags], check=True)
-    return json.loads(out.read_text())
+def memory_now() -> float:
+    """Megabytes that are resident; the peak is counted from here (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory_peak()
+
+
+def memory_peak() -> float:
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+
+
+def turn(name: str, texts: Sequence[str], is_chinese: bool = False) -> dict[str, Any]:
+    """A turn in a process of its own, of a side or of "many"."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / "texts.json", Path(folder) / "result.json"
+        path.write_text(json.dumps(texts))
+        subprocess.run([sys.executable, __file__, "--turn", name, str(path), str(out), str(is_chinese)], check=True)
+        return json.loads(out.read_text())
 
 
 def read(files: Sequence[str]) -> list[str]:
     """Documents of at most _CUT characters, no two alike."""
-    whole: list[str] = []
-    for name in files:
-        for line in Path(name).read_text().splitlines():
-            if not name.endswith(".jsonl"):
-                whole.append(line)
-            elif line.strip():
-                whole.append(json.loads(line)["text"])
+    lines = [(name, line) for name in files for line in Path(name).read_text().splitlines() if line.strip()]
+    whole = [json.loads(line)["text"] if name.endswith(".jsonl") else line for name, line in lines]
     cut = [text[at : at + _CUT] for text in whole for at in range(0, len(text), _CUT)]
     return list(dict.fromkeys(text for text in cut if len(text) > 200))
 
@@ -204,9 +208,8 @@ def made_up(is_chinese: bool, documents: int = 600) -> list[str]:
 
 def edited(rng: random.Random, text: str, share: float, pool: Sequence[str], is_chinese: bool) -> str:
     """The text with a share of its words (characters) replaced by others of the corpus."""
-    pieces = list(text) if is_chinese else text.split(" ")
-    glue = "" if is_chinese else " "
-    return glue.join(rng.choice(pool) if rng.random() < share else piece for piece in pieces)
+    pieces = text if is_chinese else text.split(" ")
+    return ("" if is_chinese else " ").join(rng.choice(pool) if rng.random() < share else piece for piece in pieces)
 
 
 def framed(rng: random.Random, text: str, share: float, pool: Sequence[str], is_chinese: bool) -> str:
@@ -244,10 +247,9 @@ def compare(sides: Sequence[str], originals: list[str], rounds: int, is_chinese:
     megabytes = sum(len(text.encode()) for text in corpus) / 1e6
     print(f"{len(corpus):,} documents, {megabytes:.1f} MB, {len(originals):,} of them originals")
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            for name in sides:
-                turns[name].append(turn(name, corpus, Path(folder), is_chinese))
+    for _ in range(rounds):
+        for name in sides:
+            turns[name].append(turn(name, corpus, is_chinese))
     result: dict[str, Any] = {"documents": len(corpus), "megabytes": megabytes, "sides": {}}
     sets = [shingles(text, is_chinese) for text in corpus]
     for name in sides:
@@ -271,17 +273,15 @@ def theory(made: dict[str, list[str]], sets: Sequence[set[str]], originals: int)
 
 def found(side: dict[str, Any], made: dict[str, list[str]], sets: Sequence[set[str]], originals: int) -> dict[str, Any]:
     keys, keepers = side["keys"], side["keepers"]
-    kinds = {}
-    for number, kind in enumerate(made, 1):
-        kinds[kind] = statistics.mean(agree(keys, n, number * originals + n) for n in range(originals))
+    kinds = {kind: statistics.mean(agree(keys, n, number * originals + n) for n in range(originals))
+             for number, kind in enumerate(made, 1)}
     copies = range(originals, len(keepers))
-    similar = [n for n in copies if similarity(sets[n % originals], sets[n]) >= _SIMILAR]
+    similar = [n for n in copies if similarity(sets[n % originals], sets[n]) >= 0.8]
     dropped = [n for n, keeper in enumerate(keepers) if keeper != n]
     members: dict[int, list[int]] = {}
     for document, keeper in enumerate(keepers):
         members.setdefault(keeper, []).append(document)
-    right = [n for n in dropped
-             if any(m < n and similarity(sets[m], sets[n]) >= _RELATED for m in members[keepers[n]])]
+    right = [n for n in dropped if any(m < n and similarity(sets[m], sets[n]) >= 0.5 for m in members[keepers[n]])]
     return {"found": kinds, "dropped": len(dropped), "recall": sum(keepers[n] != n for n in similar) / len(similar),
             "precision": len(right) / len(dropped)}
 
@@ -299,22 +299,17 @@ def templated(sides: Sequence[str], name: str) -> dict[str, Any]:
     result: dict[str, Any] = {"documents": len(texts), "pairs": {}, "theory": {}, "sides": {}}
     for low, pairs in sorted(bins.items()):
         result["pairs"][low], result["theory"][low] = len(pairs), statistics.mean(chance(pair[2]) for pair in pairs)
-    with tempfile.TemporaryDirectory() as folder:
-        for side in sides:
-            done = turn(side, texts, Path(folder), False)
-            shares = {low: statistics.mean(agree(done["keys"], *pair[:2]) for pair in pairs)
-                      for low, pairs in sorted(bins.items())}
-            result["sides"][side] = {"found": shares, "dropped": sum(k != n for n, k in enumerate(done["keepers"]))}
+    for side in sides:
+        done = turn(side, texts)
+        shares = {low: statistics.mean(agree(done["keys"], *pair[:2]) for pair in pairs)
+                  for low, pairs in sorted(bins.items())}
+        result["sides"][side] = {"found": shares, "dropped": sum(k != n for n, k in enumerate(done["keepers"]))}
     result["mean_of_seeds"] = {low: mean_of_seeds(texts, pairs) for low, pairs in sorted(bins.items())}
     return result
 
 
 def mean_of_seeds(texts: list[str], pairs: list[tuple[int, int, float]], seeds: int = 50) -> float:
     """The share of pairs that our signatures find, over sets of hash functions."""
-    import numpy as np
-
-    from engine.data.dedup import MinHash
-
     one, other = np.array([pair[:2] for pair in pairs]).T
     shares = []
     for seed in range(seeds):
@@ -328,15 +323,11 @@ def mean_of_seeds(texts: list[str], pairs: list[tuple[int, int, float]], seeds: 
 
 def many(documents: int = 2_000_000, memory: int = 64 << 20) -> dict[str, float]:
     """Our grouping alone, of random signatures in which a fifth of the documents has an earlier copy."""
-    import numpy as np
-
-    from engine.data.dedup import Deduplicator, MinHash
-
     rng, step = np.random.default_rng(0), 10_000
     before = np.empty((step, BANDS), np.uint64)
     spent = 0.0
     with tempfile.TemporaryDirectory() as folder, Deduplicator(folder, MinHash(BANDS, ROWS), memory) as deduplicator:
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident = memory_now()
         for at in range(0, documents, step):
             keys = rng.integers(0, 1 << 64, (step, BANDS), np.uint64)
             keys[::5] = before[::5]
@@ -347,15 +338,14 @@ def many(documents: int = 2_000_000, memory: int = 64 << 20) -> dict[str, float]
         start = time.process_time()
         deduplicator.finish()
         spent += time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rss
     return {"documents": documents, "memory_megabytes": memory / (1 << 20), "microseconds": 1e6 * spent / documents,
-            "peak_megabytes": peak / 1024}
+            "peak_megabytes": memory_peak() - resident}
 
 
 def show(title: str, result: dict[str, Any]) -> None:
     sides = result["sides"]
     ours = sides["triax"]["megabytes_per_second"]
-    rows = [[title, "MB/CPU-s", "triax is", "sign s", "group s", "more MB", "recall", "precision"]]
+    rows = [[title, "MB/CPU-s", "triax is", "sign s", "group s", "peak MB", "recall", "precision"]]
     for name, side in sides.items():
         rows.append([name, f"{side['megabytes_per_second']:.1f}", f"{ours / side['megabytes_per_second']:.1f} x",
                      f"{side['sign_seconds']:.2f}", f"{side['group_seconds']:.2f}", f"{side['peak_megabytes']:.0f}",
@@ -386,13 +376,11 @@ def main() -> None:
     parser.add_argument("--templated", help="a JSON list of chats with many near-duplicates")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--is-chinese", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--turn", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        args.out.write_text(json.dumps(run_side(args.side, args.corpus, args.is_chinese)))
+    if args.turn:
+        name, path, out, is_chinese = args.turn
+        Path(out).write_text(json.dumps(run_side(name, Path(path), is_chinese == "True")))
         return
     peers = [name for name in ("datasketch", "datatrove") if importlib.util.find_spec(name)]
     result: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in peers}}
@@ -406,7 +394,7 @@ def main() -> None:
     if args.templated:
         result["templated"] = templated(["triax", *peers], args.templated)
         show_templated(result["templated"])
-    result["many"] = many()
+    result["many"] = turn("many", [])
     print(", ".join(f"{name} {value:,.2f}" for name, value in result["many"].items()))
     if args.save:
         print(keep("dedup", result))
