@@ -219,7 +219,7 @@ def bias_gelu_backward_launch(grad: torch.Tensor, x: torch.Tensor,
     g, flat = as_rows(grad), as_rows(x)
     tile = _block(width, x.dtype)
     columns = cdiv(width, tile["BLOCK"])
-    # One wave: 8 blocks a multiprocessor, where 48 to 58 registers a thread let 8 to 10 in, however many rows there are.
+    # One wave, however many rows there are: 8 blocks a multiprocessor, where 48 to 58 registers let 8 to 10 in.
     chunks = min(cdiv(8 * processors(x.device), columns), len(flat))
     partial = x.new_empty(chunks if bias is not None else 0, width, dtype=torch.float32)
     _bias_gelu_backward_kernel[(columns, chunks)](

@@ -174,7 +174,8 @@ def test_offsets_beyond_two_to_the_31() -> None:
     wide_grad = memory.as_strided((2, 32), (far, 1), 128).copy_(normal(2, 32, seed=2))
     bias = normal(32, seed=3).bfloat16()
     near, near_grad, near_wide = x.contiguous(), grad.contiguous(), wide_grad.contiguous()
-    pairs = [(glu_launch(x, "silu"), glu_launch(near, "silu")), (bias_gelu_launch(x, bias), bias_gelu_launch(near, bias)),
+    pairs = [(glu_launch(x, "silu"), glu_launch(near, "silu")),
+             (bias_gelu_launch(x, bias), bias_gelu_launch(near, bias)),
              (glu_backward_launch(grad, x, "gelu"), glu_backward_launch(near_grad, near, "gelu")),
              *zip(bias_gelu_backward_launch(wide_grad, x, bias), bias_gelu_backward_launch(near_wide, near, bias),
                   strict=True)]
