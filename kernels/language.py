@@ -64,15 +64,21 @@ def dot(a, b, acc):
 
 
 @jit
-def narrow(x, like):
-    """fp32 in the dtype that `like` points at, rounded to nearest even.
+def rounded(x, dtype: tl.constexpr):
+    """fp32 in a dtype, rounded to nearest even.
 
     The interpreter cuts the lower bits of bf16 off, so they are rounded away first.
     """
-    if INTERPRETED and like.dtype.element_ty == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(like.dtype.element_ty)
+    return x.to(dtype)
+
+
+@jit
+def narrow(x, like):
+    """fp32 in the dtype that `like` points at, rounded to nearest even."""
+    return rounded(x, like.dtype.element_ty)
 
 
 def jit_counting(*counts: str) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ from engine.kernels.attention.tiles import (
     store_tile,
     width_of,
 )
-from engine.kernels.language import cdiv, dot, jit, processors, tl
+from engine.kernels.language import cdiv, dot, jit, processors, rounded, tl
 
 LOG2_E = 1.4426950408889634
 ROWS = 128
@@ -103,9 +103,9 @@ def _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_b
         # another runs, or the assembler lets each one finish before the next.
         if DK:
             mean = _load_statistic(delta, item + turn, row, length, QUERIES, DESCRIBED)
-            ds = (p * (dp - mean[None, :])).to(queries.dtype)
+            ds = rounded(p * (dp - mean[None, :]), queries.dtype)
         if DV:
-            dv_acc = dot(p.to(grad.dtype), grad, dv_acc)
+            dv_acc = dot(rounded(p, grad.dtype), grad, dv_acc)
         if DK:
             dk_acc = dot(ds, queries, dk_acc)
     return dk_acc, dv_acc
@@ -174,7 +174,7 @@ def _key_blocks(acc, queries, grad, highest, mean, k, v, k_row, v_row, batch, he
             at = row + tl.arange(0, KEYS)
             p = tl.where((at[None, :] >= first[:, None]) & (at[None, :] <= last[:, None]), p, 0.0)
         ds = p * (dp - mean[:, None])
-        acc = dot(ds.to(keys_tile.dtype), keys_tile, acc)
+        acc = dot(rounded(ds, keys_tile.dtype), keys_tile, acc)
     return acc
 
 

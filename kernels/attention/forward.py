@@ -27,7 +27,7 @@ from engine.kernels.attention.tiles import (
     store_tile,
     width_of,
 )
-from engine.kernels.language import cdiv, dot, jit, tl
+from engine.kernels.language import cdiv, dot, jit, rounded, tl
 
 LOG2_E = 1.4426950408889634
 
@@ -51,7 +51,7 @@ def _edges(acc, total, top, q, k, v, k_row, v_row, batch, head, begin, whole, br
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
         tile = load_tile(v, batch, head, row, keys, v_row, D, WIDTH, KEYS, True, DESCRIBED)
-        acc = dot(p.to(tile.dtype), tile, acc * shrink[:, None])
+        acc = dot(rounded(p, tile.dtype), tile, acc * shrink[:, None])
         top = new
     return acc, total, top
 
@@ -68,7 +68,7 @@ def _whole(acc, total, top, q, k, v, k_row, v_row, batch, head, whole, broken, k
         shrink = tl.exp2(top - new)
         total = total * shrink + tl.sum(p, 1)
         tile = load_tile(v, batch, head, block * KEYS, keys, v_row, D, WIDTH, KEYS, False, DESCRIBED)
-        acc = dot(p.to(tile.dtype), tile, acc * shrink[:, None])
+        acc = dot(rounded(p, tile.dtype), tile, acc * shrink[:, None])
         top = new
     return acc, total, top
 
@@ -88,14 +88,14 @@ def _whole_delayed(acc, total, top, q, k, v, k_row, v_row, batch, head, whole, b
         new = tl.maximum(top, tl.max(s, 1) * scale)
         tile = load_tile(v, batch, head, tl.maximum(block - 1, whole) * KEYS, keys, v_row, D, WIDTH, KEYS, False,
                          DESCRIBED)
-        acc = dot(p.to(tile.dtype), tile, acc * shrink[:, None])
+        acc = dot(rounded(p, tile.dtype), tile, acc * shrink[:, None])
         p = tl.exp2(s * scale - new[:, None])
         shrink = tl.exp2(top - new)
         total = total * shrink + tl.sum(p, 1)
         top = new
     if whole < broken:
         tile = load_tile(v, batch, head, (broken - 1) * KEYS, keys, v_row, D, WIDTH, KEYS, False, DESCRIBED)
-        acc = dot(p.to(tile.dtype), tile, acc * shrink[:, None])
+        acc = dot(rounded(p, tile.dtype), tile, acc * shrink[:, None])
     return acc, total, top
 
 

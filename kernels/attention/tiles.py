@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.language import HOPPER, arch, jit, power_of_two, tl
+from engine.kernels.language import HOPPER, arch, jit, narrow, power_of_two, tl
 
 L2_BYTES = 1 << 25
 """Of the 40 MB (A100) and 50 MB (H100) of L2 cache, what keys and values may fill."""
@@ -91,7 +91,7 @@ def store_tile(x, row, rows, stride, value, D: tl.constexpr, WIDTH: tl.constexpr
     """Writes [ROWS, WIDTH] from `row` on, what lies below `rows` and D."""
     at = row + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
-    tl.store(x + at[:, None].to(tl.int64) * stride + columns[None, :], value.to(x.dtype.element_ty),
+    tl.store(x + at[:, None].to(tl.int64) * stride + columns[None, :], narrow(value, x),
              mask=(at[:, None] < rows) & (columns[None, :] < D))
 
 
