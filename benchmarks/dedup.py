@@ -194,10 +194,6 @@ def read(files: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(text for text in cut if len(text) > 200))
 
 
-def is_mostly_chinese(text: str) -> bool:
-    return 5 * len(_CHINESE.findall(text)) >= 4 * sum(map(len, text.split()))
-
-
 def made_up(is_chinese: bool, documents: int = 600) -> list[str]:
     rng = random.Random(0)
     if is_chinese:
@@ -250,15 +246,15 @@ def compare(sides: Sequence[str], originals: list[str], rounds: int, is_chinese:
     for _ in range(rounds):
         for name in sides:
             turns[name].append(turn(name, corpus, is_chinese))
-    result: dict[str, Any] = {"documents": len(corpus), "megabytes": megabytes, "sides": {}}
     sets = [shingles(text, is_chinese) for text in corpus]
+    result: dict[str, Any] = {"documents": len(corpus), "megabytes": megabytes, "sides": {},
+                              "theory": theory(made, sets, len(originals))}
     for name in sides:
         sign, group, peak = (statistics.median(t[key] for t in turns[name]) for key in ("sign", "group", "peak"))
         result["sides"][name] = {
             "sign_seconds": sign, "group_seconds": group, "megabytes_per_second": megabytes / (sign + group),
             "peak_megabytes": peak, **found(turns[name][0], made, sets, len(originals)),
         }
-    result["theory"] = theory(made, sets, len(originals))
     return result
 
 
@@ -301,8 +297,7 @@ def templated(sides: Sequence[str], name: str) -> dict[str, Any]:
         result["pairs"][low], result["theory"][low] = len(pairs), statistics.mean(chance(pair[2]) for pair in pairs)
     for side in sides:
         done = turn(side, texts)
-        shares = {low: statistics.mean(agree(done["keys"], *pair[:2]) for pair in pairs)
-                  for low, pairs in sorted(bins.items())}
+        shares = {low: statistics.mean(agree(done["keys"], a, b) for a, b, _ in bins[low]) for low in sorted(bins)}
         result["sides"][side] = {"found": shares, "dropped": sum(k != n for n, k in enumerate(done["keepers"]))}
     result["mean_of_seeds"] = {low: mean_of_seeds(texts, pairs) for low, pairs in sorted(bins.items())}
     return result
@@ -363,16 +358,16 @@ def show_templated(result: dict[str, Any]) -> None:
     rows = [["from templates, similarity", "pairs", "theory", "50 seeds of triax", *sides]]
     for low, pairs in result["pairs"].items():
         shares = (f"{side['found'][low]:.3f}" for side in sides.values())
-        mean = f"{result['mean_of_seeds'][low]:.3f}"
-        rows.append([f"{low} to {float(low) + 0.1:.1f}", f"{pairs:,}", f"{result['theory'][low]:.3f}", mean, *shares])
+        expected = (f"{result[name][low]:.3f}" for name in ("theory", "mean_of_seeds"))
+        rows.append([f"{low} to {float(low) + 0.1:.1f}", f"{pairs:,}", *expected, *shares])
     rows.append([f"dropped of {result['documents']}", "", "", "", *(str(side["dropped"]) for side in sides.values())])
     print(table(rows), end="\n\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=[])
-    parser.add_argument("--chinese", nargs="+", default=[])
+    for name in ("--data", "--chinese"):
+        parser.add_argument(name, nargs="+", default=[])
     parser.add_argument("--templated", help="a JSON list of chats with many near-duplicates")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true")
@@ -388,14 +383,14 @@ def main() -> None:
     show("English", result["english"])
     # datatrove's Chinese tokenizer is a neural network of another package: no match for a hash.
     chinese = ["triax", *(name for name in peers if name != "datatrove")]
-    texts = list(filter(is_mostly_chinese, read(args.chinese))) or made_up(True)
-    result["chinese"] = compare(chinese, texts, args.rounds, True)
+    texts = [text for text in read(args.chinese) if 5 * len(_CHINESE.findall(text)) >= 4 * sum(map(len, text.split()))]
+    result["chinese"] = compare(chinese, texts or made_up(True), args.rounds, True)
     show("Chinese", result["chinese"])
     if args.templated:
         result["templated"] = templated(["triax", *peers], args.templated)
         show_templated(result["templated"])
     result["many"] = turn("many", [])
-    print(", ".join(f"{name} {value:,.2f}" for name, value in result["many"].items()))
+    print(result["many"])
     if args.save:
         print(keep("dedup", result))
 
