@@ -23,7 +23,7 @@ from engine.errors import UserError
 
 BANDS, ROWS = 14, 8
 SHINGLE_WORDS = 5
-MAX_HASHES = 4096
+MAX_BANDS, MAX_HASHES = 512, 4096  # each band is an open file
 
 _BATCH = 1 << 15  # characters hashed at once, no more than units() takes in one piece
 _LANES = 16  # hash functions evaluated at once,
@@ -39,10 +39,10 @@ class MinHash:
 
     def __init__(self, bands: int = BANDS, rows: int = ROWS, seed: int = 0) -> None:
         """seed: which hash functions. Raises UserError for numbers that make no sense."""
-        if bands < 1 or rows < 1 or bands * rows > MAX_HASHES:
+        if rows < 1 or not 1 <= bands <= MAX_BANDS or bands * rows > MAX_HASHES:
             raise UserError(
-                f"{bands} bands of {rows} rows: both must be at least 1 and their product, the hash functions, at most "
-                f"{MAX_HASHES:,}; {BANDS}x{ROWS} is usual"
+                f"{bands} bands of {rows} rows: 1 to {MAX_BANDS} bands, at least 1 row, and their product, the hash "
+                f"functions, at most {MAX_HASHES:,}; {BANDS}x{ROWS} is usual"
             )
         self.bands, self.rows = bands, rows
         self._factors = (constants(bands * rows, 2 + seed) >> np.uint64(32)).astype(np.uint32)
