@@ -243,8 +243,8 @@ RULES: Mapping[str, Rule] = MappingProxyType({
 """By name, in the order in which they are asked; the first that fails names the document's fault.
 
 Ours are: `letters` (Gopher wants a letter in 80 % of the words, which says nothing without spaces), closing quotes and
-brackets as ends of lines, and 10 characters for a short line where a script has no spaces. `repeated_line_characters`
-is FineWeb's; Gopher's threshold is 0.2."""
+brackets as ends of lines, 10 characters for a short line where a script has no spaces, and no verdict by the ends or
+lengths of fewer than 4 lines. `repeated_line_characters` is FineWeb's; Gopher's threshold is 0.2."""
 
 _FINEWEB = ("line_ends", "short_lines", "repeated_line_characters")
 GROUPS: Mapping[str, Sequence[str]] = MappingProxyType({
