@@ -172,6 +172,12 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def check_bias(bias: torch.Tensor | None, width: int) -> None:
+    """Raises ValueError if a kernel would read beyond the bias."""
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"bias is {tuple(bias.shape)}, {(width,)} is needed")
+
+
 def glu_launch(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """gate_up [..., 2 ffn] -> silu(gate) up or gelu(gate) up, [..., ffn]; activation is "silu" or "gelu"."""
     ffn = gate_up.shape[-1] // 2
@@ -199,6 +205,7 @@ def glu_backward_launch(grad: torch.Tensor, gate_up: torch.Tensor, activation: s
 def bias_gelu_launch(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., width], bias [width] -> gelu(x + bias)."""
     width = x.shape[-1]
+    check_bias(bias, width)
     y = x.new_empty(x.shape)
     if y.numel():
         flat = as_rows(x)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.activation import as_rows
+from engine.kernels.activation import as_rows, check_bias
 from engine.kernels.language import cdiv, jit, power_of_two, processors, tl, triton
 from engine.kernels.norm import wide
 
@@ -190,10 +190,11 @@ def _options(width: int, dtype: torch.dtype, p: float, seed: int, offset: int) -
 def bias_dropout_add_launch(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, seed: int,
                             offset: int) -> torch.Tensor:
     """residual + dropout(x + bias), [..., width]."""
+    width = x.shape[-1]
+    check_bias(bias, width)
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
-    width = x.shape[-1]
     flat, rest = as_rows(x), as_rows(residual)
     options = _options(width, x.dtype, p, seed, offset)
     # Two rows by 4 warps: the bias is read half as often, and 46 registers a thread let 10 blocks on a multiprocessor.

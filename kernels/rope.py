@@ -113,6 +113,9 @@ def _tile(heads: int, half: int) -> dict[str, int]:
 def rope_launch(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned: int) -> None:
     """Turns heads [0, turned) of qkv [batch, seq, heads, head_dim] in place, whatever its strides."""
     batch, seq, _, head_dim = qkv.shape
+    if cos.shape != (seq, head_dim // 2) or sin.shape != cos.shape:  # a kernel would read beyond it
+        raise ValueError(f"rope: cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}, both must be "
+                         f"[seq, head_dim / 2], which is {(seq, head_dim // 2)}")
     if qkv.numel() == 0 or turned == 0:
         return
     tile = _tile(turned, head_dim // 2)

@@ -155,6 +155,8 @@ def test_what_cannot_be_is_refused() -> None:
     x = torch.zeros(2, 5)
     with pytest.raises(ValueError, match="halves of the last dim, which is 5"):
         swiglu(x)
+    with pytest.raises(ValueError, match=r"bias is \(4,\), \(5,\) is needed"):
+        ours_bias(x, torch.zeros(4))
     with pytest.raises(ValueError, match="by is 'cuda'"):
         gelu(x, by="cuda")
 

@@ -137,6 +137,11 @@ def test_another_word_for_by_is_refused() -> None:
         rope_split(torch.zeros(1, 1, 3, 4), torch.ones(1, 2), torch.ones(1, 2), 1, 1, by="cuda")
 
 
+def test_a_table_of_too_few_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cos is \(2, 2\).*which is \(3, 2\)"):
+        ours(*table(2, 4), 1, 1)(torch.zeros(1, 3, 3, 4, device=DEVICE))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_runs_repeat_bit_by_bit(dtype: torch.dtype) -> None:
     assert_repeats(ours(*table(5, 80), 3, 1), [normal(2, 5, 5, 80)], dtype)
