@@ -144,4 +144,4 @@ CASES = [case(*arguments, way, share=share, **more)  # type: ignore[arg-type]
              (("70B, tp 8", (1, 8, 1, 8192, 128)), {}), (("", (1, 32, 32, 8192, 64)), {}),
              (("", (1, 16, 16, 8192, 256)), {}), (("four documents", SEVEN), {"documents": FOUR_DOCUMENTS}),
              (("window 4096", SEVEN), {"window": 4096}),
-             (("", (1, 8, 8, 2048, 128)), {"dtype": torch.float32}))]
+             (("", (1, 8, 8, 2048, 64)), {"dtype": torch.float32}))]

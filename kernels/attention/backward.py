@@ -20,13 +20,11 @@ from engine.kernels.attention.bounds import block_range, edge_block, keys_of, qu
 from engine.kernels.attention.tiles import (
     L2_BYTES,
     Tiles,
-    describable,
     describe,
     head_of,
-    keys_tiles,
     load_tile,
-    queries_tiles,
     store_tile,
+    tiles_for,
     width_of,
 )
 from engine.kernels.language import cdiv, dot, jit, processors, rounded, tl
@@ -145,10 +143,12 @@ def _backward_keys(q, k, v, dy, top, delta, dk, dv, start, end, q_batch, q_head,
     row_of_head = batch * kv_heads * group + head
     dk_acc, dv_acc = _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_batch, q_head, q_row,
                                    dy_batch, dy_head, dy_row, batch, head, row_of_head, turns, begin, whole, broken,
-                                   stop, first, last, seq, length, scale2, D, WIDTH, QUERIES, True, WINDOW or PACKED, DESCRIBED, DK, DV)
+                                   stop, first, last, seq, length, scale2, D, WIDTH, QUERIES, True, WINDOW or PACKED,
+                                   DESCRIBED, DK, DV)
     dk_acc, dv_acc = _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_batch, q_head, q_row,
                                    dy_batch, dy_head, dy_row, batch, head, row_of_head, turns, begin, whole, broken,
-                                   stop, first, last, seq, length, scale2, D, WIDTH, QUERIES, False, False, DESCRIBED, DK, DV)
+                                   stop, first, last, seq, length, scale2, D, WIDTH, QUERIES, False, False,
+                                   DESCRIBED, DK, DV)
     offset = split.to(tl.int64) * d_split
     if DK:
         store_tile(head_of(dk + offset, batch, kv_head, d_batch, d_head, False), key, keys, d_row, dk_acc * scale, D,
@@ -180,8 +180,8 @@ def _key_blocks(acc, queries, grad, highest, mean, k, v, k_row, v_row, batch, he
 
 @jit(do_not_specialize=["heads", "group", "items", "seq", "length", "keys", "window", "section"])
 def _backward_queries(q, k, v, dy, top, delta, dq, start, end, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch,
-                      v_head, v_row, dy_batch, dy_head, dy_row, d_batch, d_head, d_row, heads, group, items, seq, length, keys,
-                      window, section, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
+                      v_head, v_row, dy_batch, dy_head, dy_row, d_batch, d_head, d_row, heads, group, items, seq,
+                      length, keys, window, section, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
                       KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
                       DESCRIBED: tl.constexpr):
     item, block = schedule(tl.program_id(0), items, tl.cdiv(seq, QUERIES), section, CAUSAL)
@@ -227,7 +227,7 @@ def backward(dy: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: to
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     top, delta = _launch_statistics(dy, dlse, y, lse)
-    for_keys, for_queries = tiles or (keys_tiles(q, describable(q, k, v, dy)), queries_tiles(q, describable(q, k, v, dy)))
+    for_keys, for_queries = tiles or (tiles_for("keys", q, k, v, dy), tiles_for("queries", q, k, v, dy))
     _launch_keys(dy, q, k, v, top, delta, dk, dv, start, end, causal, window, scale, for_keys)
     _launch_queries(dy, q, k, v, top, delta, dq, start, end, causal, window, scale, for_queries)
     return dq, dk, dv
@@ -269,10 +269,10 @@ def _launch_keys(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     for of_k, of_v in ((True, True),) if width_of(d) <= 128 else ((True, False), (False, True)):
         _backward_keys[(batch * kv_heads * splits * blocks,)](
             source(q, tiles.queries), source(k, tiles.keys), source(v, tiles.keys), source(dy, tiles.queries),
-            statistic(top), statistic(delta), *parts, start, end, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3], *strides,
-            kv_heads, group, splits, batch * kv_heads * splits, seq, top.shape[-1], keys, window, section, scale * LOG2_E, scale, D=d,
-            WIDTH=width_of(d), QUERIES=tiles.queries, KEYS=tiles.keys, CAUSAL=causal, WINDOW=window > 0,
-            PACKED=start is not None, DESCRIBED=tiles.described, DK=of_k, DV=of_v, num_warps=tiles.warps,
+            statistic(top), statistic(delta), *parts, start, end, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *dy.stride()[:3], *strides, kv_heads, group, splits, batch * kv_heads * splits, seq, top.shape[-1], keys,
+            window, section, scale * LOG2_E, scale, D=d, WIDTH=width_of(d), QUERIES=tiles.queries, KEYS=tiles.keys,
+            CAUSAL=causal, WINDOW=window > 0, PACKED=start is not None, DESCRIBED=tiles.described, DK=of_k, DV=of_v, num_warps=tiles.warps,
             num_stages=tiles.stages)
     if splits > 1:
         for whole, part in zip((dk, dv), parts, strict=True):

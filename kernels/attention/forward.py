@@ -19,12 +19,11 @@ from engine.kernels.attention.bounds import block_range, edge_block, keys_of, sc
 from engine.kernels.attention.tiles import (
     L2_BYTES,
     Tiles,
-    describable,
     describe,
-    forward_tiles,
     head_of,
     load_tile,
     store_tile,
+    tiles_for,
     width_of,
 )
 from engine.kernels.language import cdiv, dot, jit, rounded, tl
@@ -158,7 +157,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tens
     lse = q.new_empty(batch, heads, seq, dtype=torch.float32)
     if q.numel() == 0 or keys == 0:
         return y.zero_(), lse.fill_(float("-inf"))
-    tiles = tiles or forward_tiles(q, describable(q, k, v))
+    tiles = tiles or tiles_for("forward", q, k, v)
     group = heads // kv_heads
     section = group * max(1, L2_BYTES // (2 * keys * d * q.element_size()))
 

@@ -44,9 +44,9 @@ def describable(*tensors: torch.Tensor) -> bool:
 
 
 def _aligned(x: torch.Tensor) -> bool:
-    strides = [stride * x.element_size() for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     return (x.element_size() == 2 and x.data_ptr() % 16 == 0
-            and all(stride > 0 and stride % 16 == 0 for stride in strides))
+            and all(stride > 0 and stride % 8 == 0 for stride in strides))
 
 
 def describe(x: torch.Tensor, tile: list[int]) -> Any:
@@ -95,19 +95,40 @@ def store_tile(x, row, rows, stride, value, D: tl.constexpr, WIDTH: tl.constexpr
              mask=(at[:, None] < rows) & (columns[None, :] < D))
 
 
-def forward_tiles(q: torch.Tensor, described: bool) -> Tiles:
+# Tiles by how they are loaded and by the width they have to hold (the first that is wide enough), chosen by what the
+# compiler makes of them (benchmarks/resources.py): accumulators and scores stay in registers, nothing spills.
+#
+# Hopper, described: products of 64 rows a warp group. Forward holds 128 queries in two warp groups with three stages of
+# 128 keys, 226 of the 227 KB of shared memory; 240 registers a thread, so one block of 8 warps on a multiprocessor,
+# whose products run beside the softmax of the other group. The gradient of keys holds dk and dv of 128 keys (250
+# registers), that of queries dq of 128. At 256 columns tiles of 32 or 64 on the other side are what still fits.
+_HOPPER = {
+    "forward": ((128, Tiles(128, 128, 8, 3, True, True)), (256, Tiles(128, 64, 8, 2, True, True))),
+    "keys": ((128, Tiles(64, 128, 8, 2, True)), (256, Tiles(32, 128, 8, 2, True))),
+    "queries": ((128, Tiles(128, 64, 8, 2, True)), (256, Tiles(128, 32, 8, 2, True))),
+}
+# Ampere, and Hopper where the strides do not let a tile be described: products of 16 rows a warp, tiles by cp.async,
+# 156 to 236 registers with 8 warps, so one block on a multiprocessor; two or three stages in at most 103 KB.
+_AMPERE = {
+    "forward": ((128, Tiles(128, 64, 8, 3)), (256, Tiles(64, 32, 8, 2))),
+    "keys": ((64, Tiles(32, 128, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 64, 8, 2))),
+    "queries": ((64, Tiles(128, 32, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
+}
+# fp32: no tensor cores (their tf32 would cut the operands), so tiles are small. For proofs on a GPU, not for speed;
+# above 64 columns the gradients of some cases spill.
+_SINGLE = {
+    "forward": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(32, 32, 8, 1)), (256, Tiles(16, 32, 8, 1))),
+    "keys": ((64, Tiles(32, 32, 8, 1)), (256, Tiles(16, 16, 8, 1))),
+    "queries": ((64, Tiles(32, 32, 8, 1)), (256, Tiles(16, 16, 8, 1))),
+}
+# Interpreted: small enough for a few dozen rows to have edges and blocks seen whole.
+_INTERPRETED = {"forward": Tiles(32, 16, 4, 1), "keys": Tiles(16, 32, 4, 1), "queries": Tiles(32, 16, 4, 1)}
+
+
+def tiles_for(kernel: str, *tensors: torch.Tensor) -> Tiles:
+    """The tiles of "forward", "keys" (dk and dv) or "queries" (dq) for the tensors it loads, q first."""
+    q = tensors[0]
     if arch(q.device) == 0:
-        return Tiles(32, 16, 4, 1)
-    return Tiles(128, 128, 8, 3, True, True)
-
-
-def keys_tiles(q: torch.Tensor, described: bool) -> Tiles:
-    if arch(q.device) == 0:
-        return Tiles(16, 32, 4, 1)
-    return Tiles(64, 128, 8, 2, True)
-
-
-def queries_tiles(q: torch.Tensor, described: bool) -> Tiles:
-    if arch(q.device) == 0:
-        return Tiles(32, 16, 4, 1)
-    return Tiles(128, 64, 8, 2, True)
+        return _INTERPRETED[kernel]
+    table = _SINGLE if q.element_size() == 4 else _HOPPER if describable(*tensors) else _AMPERE
+    return next(tiles for widest, tiles in table[kernel] if width_of(q.shape[-1]) <= widest)
