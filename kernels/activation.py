@@ -15,11 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.language import cdiv, jit, power_of_two, processors, tl, triton
-
-# The number of rows differs from call to call: it must not make a kernel of its own.
-counted = jit if triton is None else triton.jit(do_not_specialize=["rows"])
-
+from engine.kernels.language import cdiv, jit, jit_counting, power_of_two, processors, tl
 
 # The reference, in torch.
 
@@ -115,7 +111,7 @@ def _glu_backward_kernel(grad, gate_up, both, grad_stride, stride, FFN: tl.const
     tl.store(at + FFN, (g * activated).to(both.dtype.element_ty), mask=mask)
 
 
-@counted
+@jit_counting("rows")
 def _bias_gelu_kernel(x, bias, y, rows, stride, WIDTH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
                       BLOCK: tl.constexpr):
     """A tile of y; its rows share what is read of the bias."""
@@ -130,7 +126,7 @@ def _bias_gelu_kernel(x, bias, y, rows, stride, WIDTH: tl.constexpr, BIAS: tl.co
     tl.store(y + row * WIDTH + column, activated.to(y.dtype.element_ty), mask=mask)
 
 
-@counted
+@jit_counting("rows")
 def _bias_gelu_backward_kernel(grad, x, bias, grad_x, partial, rows, grad_stride, stride, WIDTH: tl.constexpr,
                                BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """Every so many rows of a block of columns: d_x, and their sum, one row of `partial` [programs, WIDTH]."""

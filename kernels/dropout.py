@@ -20,15 +20,12 @@ from typing import Any
 import torch
 
 from engine.kernels.activation import as_rows, check_bias
-from engine.kernels.language import cdiv, jit, power_of_two, processors, tl, triton
+from engine.kernels.language import cdiv, jit, jit_counting, power_of_two, processors, tl
 from engine.kernels.norm import wide
 
 WORDS = 4
 """Numbers Philox-4x32 makes from one value of its counter."""
 LOW = 0xFFFFFFFF
-
-# These differ from call to call: none of them may make a kernel of its own.
-counted = jit if triton is None else triton.jit(do_not_specialize=["rows", "seed", "offset", "threshold"])
 
 
 # The reference, in torch.
@@ -131,7 +128,7 @@ def _kept(row, column, seed, offset, threshold, WIDTH: tl.constexpr, ALIGNED: tl
     return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d)) >= threshold
 
 
-@counted
+@jit_counting("rows", "seed", "offset", "threshold")
 def _bias_dropout_kernel(x, bias, residual, y, rows, x_stride, residual_stride, seed: tl.int64, offset: tl.int64,
                          threshold: tl.uint32, scale, WIDTH: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
                          ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -152,7 +149,7 @@ def _bias_dropout_kernel(x, bias, residual, y, rows, x_stride, residual_stride, 
     tl.store(y + row * WIDTH + column, rest.to(y.dtype.element_ty), mask=mask)
 
 
-@counted
+@jit_counting("rows", "seed", "offset", "threshold")
 def _bias_dropout_backward_kernel(grad, grad_x, partial, rows, stride, seed: tl.int64, offset: tl.int64,
                                   threshold: tl.uint32, scale, WIDTH: tl.constexpr, BIAS: tl.constexpr,
                                   ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):

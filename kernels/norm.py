@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.language import INTERPRETED, INTERPRETING, arch, cdiv, jit, power_of_two, processors, tl, triton
+from engine.kernels.language import INTERPRETING, arch, cdiv, jit, jit_counting, narrow, power_of_two, processors, tl
 
 Maybe = Tensor | None
 Tensors = tuple[Tensor, ...]
@@ -75,9 +75,6 @@ class _LayerNorm(torch.autograd.Function):
 WIDEST = 32768  # columns of a row that fit in one block's registers
 SHARED = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}  # bytes a multiprocessor's blocks share; elsewhere 96 KB
 
-# The number of rows changes from batch to batch: kernels must not be compiled anew because it is a multiple of 16.
-counted = jit if triton is None else triton.jit(do_not_specialize=["count"])
-
 
 @jit
 def _read(x, rows, group, strides, cols, mask, policy: tl.constexpr = ""):
@@ -86,16 +83,7 @@ def _read(x, rows, group, strides, cols, mask, policy: tl.constexpr = ""):
     return tl.load(x + starts[:, None] + cols, mask, 0.0, eviction_policy=policy).to(tl.float32)
 
 
-@jit
-def _narrow(x, like):
-    """fp32 in the dtype that `like` points at, rounded to nearest even."""
-    if INTERPRETED and like.dtype.element_ty == tl.bfloat16:  # the interpreter cuts the lower bits off
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(like.dtype.element_ty)
-
-
-@counted
+@jit_counting("count")
 def _forward_kernel(x, branch, weight, bias, y, total, mean, rstd, group, x_strides, branch_strides, count, eps,
                     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """ROWS whole rows; `branch` is None where nothing is added, `bias` is None for RMSNorm. What is read once leaves
@@ -108,9 +96,9 @@ def _forward_kernel(x, branch, weight, bias, y, total, mean, rstd, group, x_stri
     value = _read(x, rows, group, x_strides, cols, mask, "evict_first")
     if branch is not None:
         value += _read(branch, rows, group, branch_strides, cols, mask, "evict_first")
-        rounded = _narrow(value, total)
-        tl.store(total + out, rounded, mask)
-        value = rounded.to(tl.float32)
+        stored = narrow(value, total)
+        tl.store(total + out, stored, mask)
+        value = stored.to(tl.float32)
     if bias is not None:
         centre = tl.sum(value, 1) / WIDTH
         tl.store(mean + rows, centre, real)
@@ -120,10 +108,10 @@ def _forward_kernel(x, branch, weight, bias, y, total, mean, rstd, group, x_stri
     value = value * scale[:, None] * tl.load(weight + cols, columns, 0.0, eviction_policy="evict_last").to(tl.float32)
     if bias is not None:
         value += tl.load(bias + cols, columns, 0.0, eviction_policy="evict_last").to(tl.float32)
-    tl.store(y + out, _narrow(value, y), mask)
+    tl.store(y + out, narrow(value, y), mask)
 
 
-@counted
+@jit_counting("count")
 def _backward_kernel(grad, grad_total, x, weight, mean, rstd, grad_x, parts, group, grad_strides, total_strides,
                      x_strides, count, CENTRED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                      ROWS: tl.constexpr, STAGES: tl.constexpr):
@@ -164,7 +152,7 @@ def _backward_kernel(grad, grad_total, x, weight, mean, rstd, grad_x, parts, gro
         result *= scale
         if grad_total is not None:
             result += _read(grad_total, rows, group, total_strides, cols, mask)
-        tl.store(grad_x + rows.to(tl.int64)[:, None] * WIDTH + cols, _narrow(result, grad_x), mask)
+        tl.store(grad_x + rows.to(tl.int64)[:, None] * WIDTH + cols, narrow(result, grad_x), mask)
     part = parts + tl.program_id(0) * WIDTH + cols
     tl.store(part, tl.sum(grad_weight, 0)[None, :], columns)
     if CENTRED:
@@ -183,9 +171,9 @@ def _parts_kernel(parts, grad_weight, grad_bias, programs, CENTRED: tl.constexpr
         sums += tl.load(parts + (which * programs + part) * WIDTH + cols, (part < programs) & (cols < WIDTH), 0.0)
     result = tl.sum(sums, 0)[None, :]
     if which == 0:
-        tl.store(grad_weight + cols, _narrow(result, grad_weight), cols < WIDTH)
+        tl.store(grad_weight + cols, narrow(result, grad_weight), cols < WIDTH)
     elif CENTRED:
-        tl.store(grad_bias + cols, _narrow(result, grad_bias), cols < WIDTH)
+        tl.store(grad_bias + cols, narrow(result, grad_bias), cols < WIDTH)
 
 
 def _levels(x: Tensor) -> list[tuple[int, int]]:

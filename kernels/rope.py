@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 
-from engine.kernels.language import cdiv, jit, power_of_two, tl, triton
+from engine.kernels.language import cdiv, jit_counting, power_of_two, tl
 from engine.kernels.norm import wide
-
-# The length of the sequence differs from call to call: it must not make a kernel of its own.
-counted = jit if triton is None else triton.jit(do_not_specialize=["seq"])
 
 
 def rope_table(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -63,7 +60,7 @@ class _RopeSplit(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-@counted
+@jit_counting("seq")
 def _rope_kernel(q, k, v, y, cos, sin, seq, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
                  y_batch, y_seq, y_head, dim, SIGN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
                  VALUES: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):

@@ -69,8 +69,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dy: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None and dlse is None:
         return (None,) * 8
-    y = ctx.saved_tensors[3]
-    grads = _backward_op(torch.zeros_like(y) if dy is None else dy, dlse, *ctx.saved_tensors, ctx.causal, ctx.window,
+    saved = ctx.saved_tensors  # once: under recomputation they can be asked for only once
+    grads = _backward_op(torch.zeros_like(saved[3]) if dy is None else dy, dlse, *saved, ctx.causal, ctx.window,
                          ctx.scale)
     return (*grads, *(None,) * 5)
 

@@ -27,7 +27,7 @@ from engine.kernels.attention.tiles import (
     tiles_for,
     width_of,
 )
-from engine.kernels.language import cdiv, dot, jit, processors, rounded, tl
+from engine.kernels.language import cdiv, dot, jit, jit_counting, processors, rounded, tl
 
 LOG2_E = 1.4426950408889634
 ROWS = 128
@@ -35,7 +35,7 @@ ROWS = 128
 they are loaded without masks."""
 
 
-@jit(do_not_specialize=["heads", "seq"])
+@jit_counting("heads", "seq")
 def _statistics(y, dy, lse, dlse, top, delta, y_batch, y_head, y_row, dy_batch, dy_head, dy_row, heads, seq,
                 D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LSE: tl.constexpr):
     """delta, and lse in units of log 2, +inf where a query sees nothing: its probabilities come out as exp(-inf)."""
@@ -109,7 +109,7 @@ def _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_b
     return dk_acc, dv_acc
 
 
-@jit(do_not_specialize=["kv_heads", "group", "splits", "items", "seq", "length", "keys", "window", "section"])
+@jit_counting("kv_heads", "group", "splits", "items", "seq", "length", "keys", "window", "section")
 def _backward_keys(q, k, v, dy, top, delta, dk, dv, start, end, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch,
                    v_head, v_row, dy_batch, dy_head, dy_row, d_split, d_batch, d_head, d_row, kv_heads, group, splits,
                    items, seq, length, keys, window, section, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr,
@@ -178,12 +178,12 @@ def _key_blocks(acc, queries, grad, highest, mean, k, v, k_row, v_row, batch, he
     return acc
 
 
-@jit(do_not_specialize=["heads", "group", "items", "seq", "length", "keys", "window", "section"])
+@jit_counting("heads", "group", "items", "seq", "length", "keys", "window", "section")
 def _backward_queries(q, k, v, dy, top, delta, dq, start, end, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch,
                       v_head, v_row, dy_batch, dy_head, dy_row, d_batch, d_head, d_row, heads, group, items, seq,
-                      length, keys, window, section, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-                      KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
-                      DESCRIBED: tl.constexpr):
+                      length, keys, window, section, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr,
+                      QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                      PACKED: tl.constexpr, DESCRIBED: tl.constexpr):
     item, block = schedule(tl.program_id(0), items, tl.cdiv(seq, QUERIES), section, CAUSAL)
     batch = item // heads
     head = item % heads
@@ -272,8 +272,8 @@ def _launch_keys(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Te
             statistic(top), statistic(delta), *parts, start, end, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *dy.stride()[:3], *strides, kv_heads, group, splits, batch * kv_heads * splits, seq, top.shape[-1], keys,
             window, section, scale * LOG2_E, scale, D=d, WIDTH=width_of(d), QUERIES=tiles.queries, KEYS=tiles.keys,
-            CAUSAL=causal, WINDOW=window > 0, PACKED=start is not None, DESCRIBED=tiles.described, DK=of_k, DV=of_v, num_warps=tiles.warps,
-            num_stages=tiles.stages)
+            CAUSAL=causal, WINDOW=window > 0, PACKED=start is not None, DESCRIBED=tiles.described, DK=of_k, DV=of_v,
+            num_warps=tiles.warps, num_stages=tiles.stages)
     if splits > 1:
         for whole, part in zip((dk, dv), parts, strict=True):
             whole.copy_(part.sum(0))

@@ -1,8 +1,8 @@
 """Which keys a query sees, as an interval; causality, windows, documents and the ends of tensors are all made of it.
 
 A query at `row` sees the keys first..last, a key is seen by the queries first..last, and both ends never fall as the
-row grows. So of the blocks of keys that a block of queries sees, those in the middle are seen whole and need no mask, and
-those outside are never loaded: work is proportional to what is seen. Two numbers of each query's or key's document
+row grows. So of the blocks of keys that a block of queries sees, those in the middle are seen whole and need no mask,
+and those outside are never loaded: work is proportional to what is seen. Two numbers of each query's or key's document
 suffice, made on the device from the cumulative lengths, and nothing is read back.
 """
 

@@ -26,7 +26,7 @@ from engine.kernels.attention.tiles import (
     tiles_for,
     width_of,
 )
-from engine.kernels.language import cdiv, dot, jit, rounded, tl
+from engine.kernels.language import cdiv, dot, jit, jit_counting, rounded, tl
 
 LOG2_E = 1.4426950408889634
 
@@ -98,7 +98,7 @@ def _whole_delayed(acc, total, top, q, k, v, k_row, v_row, batch, head, whole, b
     return acc, total, top
 
 
-@jit(do_not_specialize=["heads", "group", "items", "seq", "keys", "window", "section"])
+@jit_counting("heads", "group", "items", "seq", "keys", "window", "section")
 def _forward(q, k, v, y, lse, start, end, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
              y_batch, y_head, y_row, heads, group, items, seq, keys, window, section, scale, D: tl.constexpr,
              WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
