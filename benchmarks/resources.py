@@ -121,9 +121,9 @@ def measure(arch: int, only: list[str]) -> Iterator[Use]:
     """Compiles every case for an architecture; each kernel of a case is told once."""
     with tempfile.TemporaryDirectory() as name, compiling(arch) as found:
         for case in all_cases(only):
-            found.clear()
             run = case.build(META)
             assert run is not None, case.kernel
+            found.clear()  # what building the inputs launched is another case's
             run()
             assert found, f"{case.kernel}: nothing was launched"
             for kernel_name, kernel in {id(kernel): (n, kernel) for n, kernel in found}.values():

@@ -105,9 +105,20 @@ def figures() -> str:
     return "\n".join([f"| 27.4 M parameters, fp32, {cores} CPU cores | Triax | beside |", "|---|---|---|", *rows])
 
 
+def resources() -> str:
+    """What benchmarks/resources.py --save last read from the machine code for sm_90."""
+    content = json.loads((ROOT / "benchmarks" / "results" / "resources.json").read_text(encoding="utf-8"))
+    rows = [f"| sm_90, Triton {content['triton']} | shape | dtype | warps | registers | shared memory | blocks on an SM |",
+            "|---|---|---|---|---|---|---|"]
+    rows += [f"| {use['case']}: `{use['kernel']}` | {use['shape']} | {use['dtype']} | {use['warps']} | "
+             f"{use['registers']} | {use['shared']:,} | {use['blocks']} |"
+             for use in content["kernels"] if use["arch"] == 90]
+    return "\n".join(rows)
+
+
 MAKERS: Mapping[str, Callable[..., str]] = MappingProxyType(
     {"options": options, "presets": presets, "gantt": gantt, "grid": grid, "source": source, "error": error,
-     "figures": figures, "training": training})
+     "figures": figures, "training": training, "resources": resources})
 
 
 def fenced(text: str, language: str = "text") -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases.base import Build, Case, Run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cases.base import Build, Case, Run
 from engine.kernels.attention.backward import backward
 from engine.kernels.attention.bounds import document_bounds
 from engine.kernels.attention.forward import forward
