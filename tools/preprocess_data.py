@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.data.inputs import SPLITS, UNIT_BYTES  # noqa: E402
 from engine.data.preprocess import DEFAULT_SEED, Settings, preprocess  # noqa: E402
-from engine.data.readers import SPLITS  # noqa: E402
 from engine.errors import run_cli  # noqa: E402
 
 
@@ -21,6 +21,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--json-key", default="text")
     parser.add_argument("--split-text", choices=SPLITS, default="document", help="what a document is in plain text")
+    parser.add_argument("--encoding", default="utf-8", help="of text without a byte-order mark")
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--shuffle-seed", type=int, default=DEFAULT_SEED, help=f"order of documents ({DEFAULT_SEED})")
     order.add_argument("--no-shuffle", action="store_true", help="keep the input's order")
@@ -28,6 +29,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad record")
     parser.add_argument("--workers", type=int, help="processes (one a core); the output does not depend on it")
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--unit-megabytes", type=int, default=UNIT_BYTES >> 20, metavar="N",
+                        help="what a process works on at a time, and what a killed run may lose")
     return parser.parse_args(argv)
 
 
@@ -47,6 +50,8 @@ def main(argv: list[str]) -> int:
             on_error=args.on_error,
             workers=args.workers,
             overwrite=args.overwrite,
+            encoding=args.encoding,
+            unit_bytes=args.unit_megabytes << 20,
         )
     )
     for fault in counts.faults:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.data.readers import SPLITS, Source, read_documents  # noqa: E402
+from engine.data.readers import SPLITS, find_sources, read_documents  # noqa: E402
 from engine.errors import UserError, run_cli  # noqa: E402
 from engine.tokenizer.train import train  # noqa: E402
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     output = Path(args.output)
     if (output / "tokenizer.model").exists() and not args.overwrite:
         raise UserError(f"{output} already holds a tokenizer; choose another --output or say --overwrite")
-    total = sum(Source(path).size for path in args.input)
+    total = sum(source.size for source in find_sources(args.input))
     limit = args.max_megabytes << 20
     if total > limit:
         print(f"reading about {args.max_megabytes} MB of {total / 2**20:,.0f} MB (--max-megabytes)")

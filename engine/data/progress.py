@@ -16,6 +16,7 @@ class Progress:
     def __init__(self, total_bytes: int, *, every_s: float = _EVERY_S) -> None:
         self._total, self._every = max(total_bytes, 1), every_s
         self._begun = self._said = time.monotonic()
+        self._bytes = self._documents = 0
         self._bar: Any = None
         self._task: Any = None
         if sys.stderr.isatty():
@@ -28,6 +29,11 @@ class Progress:
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task("", total=self._total)
 
+    def add(self, more_bytes: int, more_documents: int) -> None:
+        """Says how far it is, being told what was done since the last call."""
+        self._bytes, self._documents = self._bytes + more_bytes, self._documents + more_documents
+        self.update(self._bytes, self._documents)
+
     def update(self, done_bytes: int, documents: int) -> None:
         """Says how far it is: input bytes read and documents done since the start."""
         now = time.monotonic()
@@ -39,9 +45,11 @@ class Progress:
 
     def _text(self, done_bytes: int, documents: int, now: float) -> str:
         seconds = max(now - self._begun, 1e-9)
+        left = (self._total - done_bytes) / max(done_bytes / seconds, 1e-9)
+        ending = f"  {left:,.0f} s left" if done_bytes and self._bar is None else ""
         return (
             f"{done_bytes / self._total:.1%}  {done_bytes / 1e6:,.1f} MB  {done_bytes / 1e6 / seconds:,.1f} MB/s  "
-            f"{documents:,} documents  {documents / seconds:,.0f} documents/s"
+            f"{documents:,} documents  {documents / seconds:,.0f} documents/s{ending}"
         )
 
     def __enter__(self) -> Progress:

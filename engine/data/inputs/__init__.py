@@ -1,0 +1,24 @@
+"""Raw input of any kind as documents: files found, cut into spans, and read a span at a time in constant memory."""
+
+from __future__ import annotations
+
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault
+from engine.data.inputs.plan import UNIT_BYTES, Span, Unit, plan
+from engine.data.inputs.read import ReadOptions, read_span
+from engine.data.inputs.source import SPLITS, Source, find_sources
+
+__all__ = [
+    "MAX_RECORD_BYTES",
+    "SPLITS",
+    "UNIT_BYTES",
+    "BadRecord",
+    "Document",
+    "Fault",
+    "ReadOptions",
+    "Source",
+    "Span",
+    "Unit",
+    "find_sources",
+    "plan",
+    "read_span",
+]

@@ -1,0 +1,73 @@
+"""What reading gives: documents, and faults where none could be read; and how the bytes of a record become text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+MAX_RECORD_BYTES = 16 << 20  # sentencepiece needs about 50 bytes of memory for each byte of a document
+
+
+class BadRecord(Exception):
+    """One record that cannot be used; the message says why, without file and line."""
+
+
+class Document(NamedTuple):
+    """A document's text, and the line (from 1) it starts at, counted from the span's start; in parquet the row."""
+
+    line: int
+    text: str
+
+
+class Fault(NamedTuple):
+    """A place where no document could be read: its line as in Document, and why."""
+
+    line: int
+    message: str
+
+
+def decode(data: bytes, encoding: str) -> str:
+    """The text of a record's bytes. Raises BadRecord."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        name = "UTF-8" if encoding == "utf-8" else encoding
+        hint = "; --encoding names another" if encoding == "utf-8" else ""
+        raise BadRecord(f"byte {error.start} of the record is not {name} (0x{data[error.start]:02x}){hint}") from None
+
+
+def check_whole(text: str) -> str:
+    """The text itself. Raises BadRecord when it holds half a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"the text holds a lone surrogate U+{ord(text[error.start]):04X}, half a character") from None
+    return text
+
+
+def text_of_line(line: str, json_key: str) -> str | None:
+    """The document in a line of JSONL; None for a blank line. Raises BadRecord."""
+    if not line or line.isspace():
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"not JSON: {error}") from None
+    if isinstance(row, list):
+        raise BadRecord("a JSON array; one object a line is needed (or one array in a file that ends in .json)")
+    return text_of_row(row, json_key)
+
+
+def text_of_row(row: Any, json_key: str) -> str:
+    """The document in a row: the text under json_key, or a list of texts there, as lines. Raises BadRecord."""
+    if not isinstance(row, dict):
+        raise BadRecord(f"a JSON {type(row).__name__}, not an object")
+    if json_key not in row:
+        keys = ", ".join(list(row)[:8]) or "no keys"
+        raise BadRecord(f'no "{json_key}"; the row has {keys} (choose with --json-key)')
+    value = row[json_key]
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)
+    if not isinstance(value, str):
+        raise BadRecord(f'"{json_key}" is {type(value).__name__}, not text')
+    return check_whole(value)

@@ -1,0 +1,102 @@
+"""A JSON array of any size, an element at a time: never more in memory than the element being read."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import IO
+
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, text_of_row
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_READ = 1 << 16
+
+
+class _Window:
+    """The text between what has been read and what has been used; `line` is the number of the line it begins at."""
+
+    def __init__(self, stream: IO[bytes], encoding: str) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.grow()
+        self.text = self.text.removeprefix("\ufeff")
+
+    def grow(self) -> None:
+        """Reads on, as much again as is held: an element is parsed a few times at most, however long."""
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :], 0
+        block = self._stream.read(max(_READ, len(self.text)))
+        self.ended = not block
+        self.text += self._decoder.decode(block, self.ended)
+
+    def peek(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            found = _SPACE.match(self.text, self.at)
+            self.at = found.end() if found else self.at
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if self.ended:
+                return ""
+            self.grow()
+
+    def here(self) -> int:
+        """The number of the line the next character stands on."""
+        return self.line + self.text.count("\n", 0, self.at)
+
+
+def read_array(stream: IO[bytes], encoding: str, json_key: str) -> Iterator[Document | Fault]:
+    """A document an element. After an element that is no JSON the next cannot be found: one fault, and the end.
+
+    Raises UnicodeDecodeError."""
+    window = _Window(stream, encoding)
+    window.peek()
+    window.at += 1  # the bracket by which the file was told to be an array
+    following = window.peek()
+    while following and following != "]":
+        line = window.here()
+        try:
+            row = _element(window)
+        except BadRecord as error:
+            yield Fault(line, f"{error}; the array cannot be read beyond this element")
+            return
+        try:
+            yield Document(line, text_of_row(row, json_key))
+        except BadRecord as error:
+            yield Fault(line, str(error))
+        following = window.peek()
+        if following == ",":
+            window.at += 1
+            following = window.peek()
+            if following == "]":
+                following = ","  # a comma with nothing behind it is no JSON, and is said to be none
+        elif following and following != "]":
+            yield Fault(window.here(), f"not JSON: {following!r} where a comma or ] should be; the array ends here")
+            return
+    if not following:
+        yield Fault(window.here(), "the file ends within the array")
+        return
+    window.at += 1
+    if window.peek():
+        yield Fault(window.here(), "there is more text after the array's end")
+
+
+def _element(window: _Window) -> object:
+    """The next value. Raises BadRecord."""
+    decoder = json.JSONDecoder()
+    while True:
+        try:
+            value, end = decoder.raw_decode(window.text, window.at)
+            if end < len(window.text) or window.ended:  # else a number might go on
+                window.at = end
+                return value
+            problem = "longer than read"
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        if window.ended:
+            raise BadRecord(f"not JSON: {problem}")
+        if len(window.text) - window.at > MAX_RECORD_BYTES:
+            raise BadRecord(f"the element is longer than {MAX_RECORD_BYTES:,} bytes, or not JSON: {problem}")
+        window.grow()

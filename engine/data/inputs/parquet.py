@@ -1,0 +1,81 @@
+"""Parquet, through the optional package pyarrow: a column of text, row group by row group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, check_whole
+from engine.errors import UserError, nearest
+
+_ROWS = 256  # rows decoded at a time
+
+
+def read_rows(path: str, start: int, stop: int, column: str) -> Iterator[Document | Fault]:
+    """The rows of the row groups whose data begins in bytes [start, stop); a document's "line" is its row in the file,
+    from 1. Null is no document. Raises UserError when pyarrow is missing, OSError for a file it cannot read."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f'{path} needs the package "pyarrow": pip install pyarrow') from None
+    row = 1
+    try:
+        with ParquetFile(path) as file:
+            fault = _column_fault(file, column)
+            if fault is not None:
+                if start == 0:
+                    yield Fault(1, fault)
+                return
+            for group in range(file.num_row_groups):
+                about = file.metadata.row_group(group)
+                if start <= _offset(about) < stop:
+                    yield from _rows(file, group, column, row)
+                row += about.num_rows
+    except pyarrow.ArrowException as error:
+        raise OSError(f"pyarrow: {str(error).splitlines()[0]}") from None
+
+
+def _offset(group: Any) -> int:
+    """The byte at which a row group begins."""
+    chunk = group.column(0)
+    offsets = [chunk.data_page_offset, chunk.dictionary_page_offset]
+    return min(offset for offset in offsets if offset is not None)
+
+
+def _column_fault(file: Any, column: str) -> str | None:
+    import pyarrow
+
+    schema = file.schema_arrow
+    if column not in schema.names:
+        hint = nearest(column, schema.names)
+        return f'no column "{column}"; the file has {", ".join(schema.names[:8])} (choose with --json-key)' + (
+            f"; did you mean {hint}?" if hint else ""
+        )
+    kind = schema.field(column).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        return f'column "{column}" is {kind}, not text'
+    return None
+
+
+def _rows(file: Any, group: int, column: str, row: int) -> Iterator[Document | Fault]:
+    for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[column]):
+        for value in batch.column(0):
+            try:
+                yield from _row(value, row)
+            except UnicodeDecodeError as error:
+                yield Fault(row, f"the text is not UTF-8: {error.reason} at byte {error.start}")
+            except BadRecord as error:
+                yield Fault(row, str(error))
+            row += 1
+
+
+def _row(value: Any, row: int) -> Iterator[Document | Fault]:
+    text = value.as_py()
+    if text is None:
+        return
+    if len(text) > MAX_RECORD_BYTES:
+        raise BadRecord(f"the document is longer than {MAX_RECORD_BYTES:,} characters")
+    yield Document(row, check_whole(text))

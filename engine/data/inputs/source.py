@@ -1,0 +1,160 @@
+"""Input files: found by name, folder or pattern; what each holds, by its name's ending and its first bytes."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.data.inputs.unpack import COMPRESSIONS, open_stream
+from engine.errors import UserError, nearest
+
+SPLITS = ("document", "line", "blank")
+KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "text", ".text": "text", ".md": "text",
+    ".parquet": "parquet", ".xml": "dump",
+}  # fmt: skip
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16, so it is looked for first
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# In these a byte 0x0A is a line's end and nothing else, so bytes can be cut into lines before they are decoded.
+_LINES_ARE_BYTES = re.compile(
+    r"utf-8|ascii|cp(125|43|7\d|8[56]|93|94|95)\d?|(iso8859|koi8|gb|big5|euc|shift_jis|mac).*"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file.
+
+    kind: "jsonl", "json" (an array), "text", "parquet" or "dump"; compression: "", "gz", "bz2" or "zst"; encoding: the
+    name of a codec; size in bytes and mtime in ns as they were when the job began; mark: whether it begins with a
+    byte-order mark."""
+
+    path: str
+    kind: str
+    compression: str
+    encoding: str
+    size: int
+    mtime_ns: int
+    mark: bool = False
+
+    @property
+    def lines_are_bytes(self) -> bool:
+        """Whether lines can be told apart before decoding."""
+        return _LINES_ARE_BYTES.fullmatch(self.encoding) is not None
+
+    def check_unchanged(self) -> None:
+        """Raises UserError when the file is no longer what it was when the job began."""
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read any more: {error.strerror}") from None
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise UserError(
+                f"{self.path} was changed while it was read ({self.size:,} bytes at the start, {now.st_size:,} now); "
+                "run again when it is at rest"
+            )
+
+
+def find_sources(inputs: Sequence[str], encoding: str = "utf-8") -> list[Source]:
+    """The files named, in the order given; folders and patterns give theirs sorted, hidden files left out.
+
+    encoding: of text without a byte-order mark. Raises UserError for a file that is missing or of an unknown kind, a
+    pattern or folder without any, a file given twice, and an unknown encoding."""
+    codec = _codec(encoding)
+    sources: list[Source] = []
+    seen: dict[str, str] = {}
+    for given in inputs:
+        for path in _expand(given):
+            real = os.path.realpath(path)
+            if real in seen:
+                raise UserError(f"{path} is given twice (by {seen[real]} and by {given}); its documents would be too")
+            seen[real] = given
+            sources.append(_source(path, codec))
+    return sources
+
+
+def _codec(name: str) -> str:
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        hint = nearest(name, ("utf-8", "utf-16", "latin-1", "cp1252", "gb18030", "gbk", "big5", "shift_jis", "koi8-r"))
+        raise UserError(f"unknown --encoding {name}" + (f"; did you mean {hint}?" if hint else "")) from None
+
+
+def _expand(given: str) -> Iterable[str]:
+    if os.path.isdir(given):
+        found = sorted(str(path) for path in Path(given).rglob("*") if _wanted(path, Path(given)))
+        if not found:
+            raise UserError(f"{given} holds no file that can be read; known are {_endings()}")
+        return found
+    if os.path.exists(given) or not glob.has_magic(given):
+        return [given]
+    found = sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise UserError(f"no file matches {given}")
+    return found
+
+
+def _wanted(path: Path, folder: Path) -> bool:
+    """Whether a file below a folder is input: not hidden, and of a known kind (others lie there for other uses)."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.is_file() and _kind(path.name)[0] is not None
+
+
+def _kind(name: str) -> tuple[str | None, str, str]:
+    """(kind or None, compression, ending) of a file's name."""
+    stem, ending = os.path.splitext(name.lower())
+    compression = COMPRESSIONS.get(ending, "")
+    if compression:
+        ending = os.path.splitext(stem)[1]
+    return KINDS.get(ending), compression, ending
+
+
+def _endings() -> str:
+    return f"{', '.join(KINDS)}, each also with {', '.join(COMPRESSIONS)}"
+
+
+def _source(path: str, encoding: str) -> Source:
+    kind, compression, ending = _kind(os.path.basename(path))
+    try:
+        stat = os.stat(path)
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if kind is None:
+        hint = nearest(ending, KINDS)
+        advice = f"; did you mean {hint}?" if hint else ""
+        raise UserError(f"{path} ends in {ending or 'nothing'}; known are {_endings()}{advice}")
+    if compression and kind == "parquet":
+        raise UserError(f"{path}: parquet is compressed inside and read at random; unpack the file first")
+    if compression or kind == "json":
+        head = _first_bytes(path, compression)
+    marked = next((codec for mark, codec in _MARKS if head.startswith(mark)), None)
+    if kind == "json" and not _begins_array(head, marked or encoding):
+        kind = "jsonl"
+    return Source(path, kind, compression, marked or encoding, stat.st_size, stat.st_mtime_ns, marked is not None)
+
+
+def _first_bytes(path: str, compression: str) -> bytes:
+    """The first bytes of what the file holds; none of a broken one, which reading will name."""
+    with open(path, "rb") as file, open_stream(file, compression, path) as stream:
+        try:
+            return stream.read(4096)
+        except (OSError, EOFError, ValueError):
+            return b""
+
+
+def _begins_array(head: bytes, encoding: str) -> bool:
+    """Whether text begins with "[" (cut bytes at the end of the head do not matter)."""
+    return head.decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n").startswith("[")

@@ -1,0 +1,159 @@
+"""JSONL and plain text: lines, paragraphs and whole files, each in memory that MAX_RECORD_BYTES bounds.
+
+A span's reader begins one byte before the span and drops what it reads up to the first line's end: so the line that
+begins at the span's first byte is this span's, and one that began earlier is not.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
+
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, check_whole, decode, text_of_line
+
+_BLANK = b" \t\r\x0b\x0c"
+
+
+class Line(NamedTuple):
+    """A line without its end: number in the span from 1, byte offset, content; None where it is too long."""
+
+    number: int
+    offset: int
+    data: bytes | None
+
+
+def lines(stream: IO[bytes], offset: int = 0, number: int = 1) -> Iterator[Line]:
+    """The lines of a stream whose next byte lies at `offset`."""
+    limit = MAX_RECORD_BYTES
+    while line := stream.readline(limit + 1):
+        begin, size = offset, len(line)
+        if size > limit and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(1 << 20)
+                size += len(line)
+            yield Line(number, begin, None)
+        else:
+            yield Line(number, begin, line.rstrip(b"\r\n"))
+        number += 1
+        offset += size
+
+
+def lines_of_span(stream: IO[bytes], start: int) -> Iterator[Line]:
+    """The lines that begin at byte `start` or later, of a stream that stands one byte before it (or at 0).
+
+    The first is number 1 where it begins at `start`, else 2: its number counts the line ends of the span before it."""
+    if start == 0:
+        return lines(stream)
+    offset = start - 1
+    while line := stream.readline(1 << 20):
+        offset += len(line)
+        if line.endswith(b"\n"):
+            break
+    return lines(stream, offset, 1 if offset == start else 2)
+
+
+def read_lines(
+    found: Iterator[Line], stop: int | None, encoding: str, json_key: str | None
+) -> Iterator[Document | Fault]:
+    """A document a line, of the lines that begin before `stop`; of JSONL, with json_key, its rows."""
+    for number, offset, data in found:
+        if stop is not None and offset >= stop:
+            return
+        if data is None:
+            yield Fault(number, f"the line is longer than {MAX_RECORD_BYTES:,} bytes")
+            continue
+        try:
+            text = decode(data, encoding)
+            document = check_whole(text) if json_key is None else text_of_line(text, json_key)
+        except BadRecord as error:
+            yield Fault(number, str(error))
+            continue
+        if document is not None:
+            yield Document(number, document)
+
+
+def read_paragraphs(
+    found: Iterator[Line], stop: int | None, encoding: str, inside: bool
+) -> Iterator[Document | Fault]:
+    """A document a run of lines that are not blank, of the runs that begin before `stop`. inside: the first line goes
+    on a run that began before the span, which is its span's. One too long is a fault up to the next blank line."""
+    held: list[bytes] = []
+    size = start = 0
+    for number, offset, data in found:
+        if data is not None and not data.strip():
+            if held and not inside:
+                yield _paragraph(start, held, size, encoding)
+            held, size, inside = [], 0, False
+        elif not inside:
+            if not held:
+                if stop is not None and offset >= stop:
+                    return
+                start = number
+            size += MAX_RECORD_BYTES + 2 if data is None else len(data) + 1
+            if data is None or size > MAX_RECORD_BYTES + 1:
+                held = [b""]  # only remembers that a paragraph has begun
+            else:
+                held.append(data)
+    if held:
+        yield _paragraph(start, held, size, encoding)
+
+
+def _paragraph(start: int, held: list[bytes], size: int, encoding: str) -> Document | Fault:
+    if size > MAX_RECORD_BYTES + 1:
+        return Fault(start, f"the paragraph is longer than {MAX_RECORD_BYTES:,} bytes; use --split-text line")
+    return _text(start, b"\n".join(held), encoding)
+
+
+def read_whole(stream: IO[bytes], encoding: str) -> Iterator[Document | Fault]:
+    """The file as one document."""
+    data = stream.read(MAX_RECORD_BYTES + 1)
+    if len(data) > MAX_RECORD_BYTES:
+        yield Fault(1, f"the document is longer than {MAX_RECORD_BYTES:,} bytes; use --split-text blank or line")
+    else:
+        yield _text(1, data, encoding)
+
+
+def _text(line: int, data: bytes, encoding: str) -> Document | Fault:
+    try:
+        return Document(line, check_whole(decode(data, encoding)).replace("\r\n", "\n"))
+    except BadRecord as error:
+        return Fault(line, str(error))
+
+
+def follows_text(read_back: Callable[[int, int], bytes], offset: int) -> bool:
+    """Whether the line before the one at byte `offset` > 0 holds more than blanks. read_back(start, stop) gives bytes
+    of the file."""
+    stop = offset - 1  # where that line's end stands
+    while stop > 0:
+        start = max(0, stop - 4096)
+        block = read_back(start, stop)
+        line = block[block.rfind(b"\n") + 1 :]
+        if line.strip(_BLANK):
+            return True
+        if len(line) < len(block) or start == 0:
+            return False
+        stop = start
+    return False
+
+
+class AsUtf8(io.RawIOBase):
+    """A stream in an encoding whose lines cannot be told apart as bytes (UTF-16, ISO 2022..), as UTF-8."""
+
+    def __init__(self, stream: IO[bytes], encoding: str) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
+        self._out, self._ended = memoryview(b""), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises UnicodeDecodeError."""
+        while not self._out and not self._ended:
+            block = self._stream.read(1 << 16)
+            self._ended = not block
+            self._out = memoryview(self._decoder.decode(block, self._ended).encode("utf-8"))
+        count = min(len(buffer), len(self._out))
+        buffer[:count], self._out = self._out[:count], self._out[count:]
+        return count

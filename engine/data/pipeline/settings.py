@@ -1,0 +1,54 @@
+"""What a run of the preparation is asked, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.data.inputs import UNIT_BYTES
+
+DEFAULT_SEED = 1234
+NAMED_FAULTS = 20
+"""Bad records that are named; the rest are counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to turn into tokens, and how."""
+
+    inputs: Sequence[str]
+    """Files, folders and patterns, in the order their documents get."""
+    tokenizer: str
+    output_prefix: str
+    json_key: str = "text"
+    split_text: str = "document"
+    """What a document is in plain text: "document" (the file), "line", or "blank" (between blank lines)."""
+    encoding: str = "utf-8"
+    """Of text without a byte-order mark."""
+    shuffle_seed: int | None = DEFAULT_SEED
+    """None keeps the input's order."""
+    append_eod: bool = True
+    """Ends each document with the tokenizer's end-of-document token."""
+    on_error: str = "stop"
+    """"stop" at the first bad record, writing nothing, or "skip" and count it."""
+    workers: int | None = None
+    """Processes; None: one a core. The output does not depend on it."""
+    overwrite: bool = False
+    memory_bytes: int = 256 << 20
+    """What ordering the documents may take. The output does not depend on it."""
+    unit_bytes: int = UNIT_BYTES
+    """The input is worked on in parts of at least this size."""
+
+
+@dataclass
+class Counts:
+    """What went in and came out."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    empty: int = 0
+    skipped: int = 0
+    faults: list[str] = field(default_factory=list)
+    """The first few skipped records: file, line and reason."""
+    input_bytes: int = 0

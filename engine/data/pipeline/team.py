@@ -1,0 +1,99 @@
+"""Worker processes of one machine. They are given numbers of units and report how far they are; no text and no token
+crosses a pipe.
+
+Each worker hangs on a pipe of its own, so that a death on either side is an end of file on the other at once; the
+standard library's pools can wait for ever for a worker that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from engine.data.pipeline.job import Job
+from engine.data.pipeline.shard import Report, ShardMaker
+from engine.data.pipeline.work import Shards
+from engine.errors import UserError
+
+
+def run_team(shards: Shards, units: Iterable[int], workers: int, report: Report,
+             started: Callable[[list[SpawnProcess]], None] = lambda team: None) -> None:
+    """Makes the shards of units by that many processes. started: called once with them.
+
+    Raises UserError for a bad record and for a worker that dies."""
+    context = multiprocessing.get_context("spawn")
+    team: dict[Connection, SpawnProcess] = {}
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, shards.folder, shards.token), daemon=True)
+            process.start()
+            theirs.close()  # the worker holds the only copy now
+            team[ours] = process
+        started(list(team.values()))
+        _lead(list(team), iter(units), report)
+    except (EOFError, OSError):
+        raise UserError(
+            f"one of the {workers} worker processes died (killed, or out of memory); try again with fewer --workers"
+        ) from None
+    finally:
+        for pipe, process in team.items():
+            pipe.close()
+            process.terminate()
+            process.join()
+
+
+def _lead(idle: list[Connection], units: Iterator[int], report: Report) -> None:
+    """Keeps every worker at work until all units are done. Raises EOFError or OSError where one has died."""
+    busy: set[Connection] = set()
+    more = True
+    while more or busy:
+        while more and idle:
+            unit = next(units, None)
+            if unit is None:
+                more = False
+                break
+            idle[-1].send(unit)
+            busy.add(idle.pop())
+        ready: Any = wait(list(busy)) if busy else ()
+        for pipe in ready:
+            kind, *rest = pipe.recv()
+            if kind == "done":
+                busy.remove(pipe)
+                idle.append(pipe)
+            elif kind == "error":
+                raise UserError(rest[0])
+            elif kind == "crash":
+                raise RuntimeError(f"a worker process failed:\n{rest[0]}")
+            else:
+                report(*rest)
+
+
+def _serve(pipe: Connection, folder: Path, token: str) -> None:
+    """A worker: makes shards until the pipe ends, as it also does when the main process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' to handle
+
+    def report(*numbers: int) -> None:
+        pipe.send(("at", *numbers))
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        answer: tuple[Any, ...]
+        try:
+            maker = ShardMaker(Job.load(folder / "job.json"), Shards(folder, token))
+            while True:
+                maker.make(pipe.recv(), report)
+                pipe.send(("done",))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except UserError as error:
+            answer = ("error", str(error))
+        except Exception:
+            answer = ("crash", traceback.format_exc())
+        pipe.send(answer)
