@@ -77,7 +77,7 @@ SHARED = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}  # bytes a multiproce
 
 
 @jit
-def _read(x, rows, group, strides, cols, mask, policy: tl.constexpr = ""):
+def _read(x, rows, group, strides, cols, mask, policy: tl.constexpr):
     """Columns of rows as fp32, 0 where masked; `group` and `strides` as of `_addressed`."""
     starts = (rows // group).to(tl.int64) * strides[0] + (rows % group).to(tl.int64) * strides[1]
     return tl.load(x + starts[:, None] + cols, mask, 0.0, eviction_policy=policy).to(tl.float32)
@@ -130,8 +130,8 @@ def _backward_kernel(grad, grad_total, x, weight, mean, rstd, grad_x, parts, gro
         rows = first + tl.arange(0, ROWS)
         real = rows < count
         mask = real[:, None] & columns
-        g = _read(grad, rows, group, grad_strides, cols, mask)
-        xhat = _read(x, rows, group, x_strides, cols, mask)
+        g = _read(grad, rows, group, grad_strides, cols, mask, "")
+        xhat = _read(x, rows, group, x_strides, cols, mask, "")
         scale = tl.load(rstd + rows, real, 0.0)[:, None]
         centre = tl.load(mean + rows, real, 0.0)[:, None] if CENTRED else 0.0
         xhat = (xhat - centre) * scale
@@ -142,16 +142,16 @@ def _backward_kernel(grad, grad_total, x, weight, mean, rstd, grad_x, parts, gro
         for other in range(1, blocks):  # a wider row's other columns, which other programs write
             at = (tl.program_id(1) + other) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
             there = real[:, None] & (at < WIDTH)
-            gw_there = _read(grad, rows, group, grad_strides, at, there)
+            gw_there = _read(grad, rows, group, grad_strides, at, there, "")
             gw_there *= tl.load(weight + at, at < WIDTH, 0.0).to(tl.float32)
-            along += tl.sum(gw_there * ((_read(x, rows, group, x_strides, at, there) - centre) * scale), 1)
+            along += tl.sum(gw_there * ((_read(x, rows, group, x_strides, at, there, "") - centre) * scale), 1)
             plain += tl.sum(gw_there, 1)
         result = gw - xhat * (along / WIDTH)[:, None]
         if CENTRED:
             result -= (plain / WIDTH)[:, None]
         result *= scale
         if grad_total is not None:
-            result += _read(grad_total, rows, group, total_strides, cols, mask)
+            result += _read(grad_total, rows, group, total_strides, cols, mask, "")
         tl.store(grad_x + rows.to(tl.int64)[:, None] * WIDTH + cols, narrow(result, grad_x), mask)
     part = parts + tl.program_id(0) * WIDTH + cols
     tl.store(part, tl.sum(grad_weight, 0)[None, :], columns)
