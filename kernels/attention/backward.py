@@ -70,10 +70,12 @@ def _load_statistic(x, item, row, length, ROWS: tl.constexpr, DESCRIBED: tl.cons
 
 @jit
 def _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_batch, q_head, q_row, dy_batch, dy_head,
-                  dy_row, batch, head, item, turns, begin, whole, broken, stop, first, last, seq, length,
-                  scale, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, EDGE: tl.constexpr,
-                  HIGH: tl.constexpr, DESCRIBED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
-    """Adds what `turns` heads from `head` on give to a block of keys, by the edges (EDGE) or by what is seen whole.
+                  dy_row, batch, head, item, turns, begin, whole, broken, stop, key, seq, keys, window, start, end,
+                  length, scale, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr,
+                  WINDOW: tl.constexpr, PACKED: tl.constexpr, EDGE: tl.constexpr, DESCRIBED: tl.constexpr,
+                  DK: tl.constexpr, DV: tl.constexpr):
+    """Adds what `turns` heads from `head` on give to the keys from `key` on, by the edges (EDGE) or by what is seen
+    whole.
 
     The turns and blocks are one loop, so that the pipeline is filled once. `item` is head's place in statistics.
     """
@@ -92,9 +94,12 @@ def _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_b
             dp = dot(values_tile, tl.trans(grad), tl.zeros([keys_tile.shape[0], QUERIES], tl.float32))
         p = tl.exp2(s * scale - highest[None, :])
         if EDGE:
+            # Made anew for each of the few blocks at an edge: held through the loop they would be registers too many.
+            at = tl.minimum(key + tl.arange(0, keys_tile.shape[0]), keys - 1)
+            first, last = queries_of(at, seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
             rows = row + tl.arange(0, QUERIES)
             seen = rows[None, :] >= first[:, None]
-            if HIGH:
+            if WINDOW or PACKED:
                 seen = seen & (rows[None, :] <= last[:, None])
             p = tl.where(seen, p, 0.0)
         # Both operands are made before either product begins: registers that a product reads may not be written while
@@ -123,8 +128,6 @@ def _backward_keys(q, k, v, dy, top, delta, dk, dv, start, end, q_batch, q_head,
     if PACKED:
         start += batch * seq
         end += batch * seq
-    at = key + tl.arange(0, KEYS)
-    first, last = queries_of(tl.minimum(at, keys - 1), seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
     low_first, high_first = queries_of(key, seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
     low_last, high_last = queries_of(tl.minimum(key + KEYS, keys) - 1, seq, keys, window, start, end, CAUSAL, WINDOW,
                                      PACKED)
@@ -143,12 +146,12 @@ def _backward_keys(q, k, v, dy, top, delta, dk, dv, start, end, q_batch, q_head,
     row_of_head = batch * kv_heads * group + head
     dk_acc, dv_acc = _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_batch, q_head, q_row,
                                    dy_batch, dy_head, dy_row, batch, head, row_of_head, turns, begin, whole, broken,
-                                   stop, first, last, seq, length, scale2, D, WIDTH, QUERIES, True, WINDOW or PACKED,
-                                   DESCRIBED, DK, DV)
+                                   stop, key, seq, keys, window, start, end, length, scale2, D, WIDTH, QUERIES, CAUSAL,
+                                   WINDOW, PACKED, True, DESCRIBED, DK, DV)
     dk_acc, dv_acc = _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_batch, q_head, q_row,
                                    dy_batch, dy_head, dy_row, batch, head, row_of_head, turns, begin, whole, broken,
-                                   stop, first, last, seq, length, scale2, D, WIDTH, QUERIES, False, False,
-                                   DESCRIBED, DK, DV)
+                                   stop, key, seq, keys, window, start, end, length, scale2, D, WIDTH, QUERIES, CAUSAL,
+                                   WINDOW, PACKED, False, DESCRIBED, DK, DV)
     offset = split.to(tl.int64) * d_split
     if DK:
         store_tile(head_of(dk + offset, batch, kv_head, d_batch, d_head, False), key, keys, d_row, dk_acc * scale, D,

@@ -103,7 +103,7 @@ def store_tile(x, row, rows, stride, value, D: tl.constexpr, WIDTH: tl.constexpr
 # whose products run beside the softmax of the other group. The gradient of keys holds dk and dv of 128 keys (250
 # registers), that of queries dq of 128. At 256 columns tiles of 32 or 64 on the other side are what still fits.
 _HOPPER = {
-    "forward": ((128, Tiles(128, 128, 8, 3, True, True)), (256, Tiles(128, 64, 8, 2, True, True))),
+    "forward": ((128, Tiles(128, 128, 8, 3, True, True)), (256, Tiles(128, 64, 8, 2, True))),
     "keys": ((128, Tiles(64, 128, 8, 2, True)), (256, Tiles(32, 128, 8, 2, True))),
     "queries": ((128, Tiles(128, 64, 8, 2, True)), (256, Tiles(128, 32, 8, 2, True))),
 }
