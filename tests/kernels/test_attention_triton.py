@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from engine.kernels.attention import attention, attention_statistics, merge
+from engine.kernels.attention import attention, attention_statistics, backward, merge, tiles
 from engine.kernels.attention.backward import splits_of
 from engine.kernels.attention.bounds import document_bounds
 from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, needs_triton, normal, run
@@ -183,6 +184,39 @@ def test_nothing_is_no_error(shape: tuple[int, ...]) -> None:
     y = attention(q, k, v, causal=False, by="triton")
     y.sum().backward()
     assert y.shape == q.shape and (y == 0).all() and k.grad.shape == k.shape
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes the ways that only Hopper's tiles choose: descriptors, and the delayed product."""
+    for name, found in tiles._INTERPRETED.items():
+        monkeypatch.setitem(tiles._INTERPRETED, name, replace(found, described=True, delayed=name == "forward"))
+
+
+@pytest.mark.usefixtures("as_on_hopper")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "options"), [
+    ((1, 2, 1, 70, 70, 64), {}), ((2, 2, 1, 37, 37, 80), {}), ((1, 2, 2, 21, 50, 64), {"window": 20}),
+    ((1, 2, 1, 19, 70, 64), {"causal": False}), ((2, 2, 1, 40, 40, 64), {"documents": (5, 0, 25, 1, 9, 40)}),
+    ((1, 2, 1, 40, 40, 192), {}),
+])
+def test_described_tiles_and_the_delayed_product(dtype: torch.dtype, shape: tuple[int, ...],
+                                                 options: dict[str, Any]) -> None:
+    packed = {"cumulative": lengths(*options["documents"])} if "documents" in options else options
+    check(made(*shape), dtype, **packed)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("as_on_hopper")
+def test_described_tiles_load_no_memory_beyond_the_tensors() -> None:
+    test_what_is_masked_may_be_nan()
+
+
+def test_gradients_of_a_group_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward, "processors", lambda device: 1000)  # the group is split as far as it goes
+    inputs = made(1, 4, 1, 40, 40, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(inputs, dtype)
+    assert_repeats(ours(), inputs, torch.bfloat16)
 
 
 def test_heads_of_a_group_are_split_where_programs_are_few() -> None:
