@@ -17,6 +17,8 @@ from engine.kernels.rope import rope_table
 from engine.mesh import AXES, Mesh, build_mesh
 from engine.model import Parts
 from engine.model.decoder import Block
+from engine.plan import estimate
+from engine.train.engine import Engine
 from tests.kernels.rule import DEVICE, needs_triton, normal
 from tests.parallel import toys
 
@@ -87,3 +89,25 @@ def test_a_block_compiles_to_one_graph(family: str) -> None:
         results.append([*outs, x.grad, branch.grad, *(p.grad for p in block.parameters())])
     for plain, graph in zip(*results, strict=True):
         torch.testing.assert_close(graph, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="what is kept is counted on a CPU")
+@pytest.mark.parametrize("model", ["llama", "qwen3", "gpt2"])
+def test_the_plan_knows_what_the_kernels_keep(model: str) -> None:
+    config = toys.make_config(f"{toys.MODELS[model]} --dtype fp32 --layers 2 --seq-len 48")
+    engine = Engine(config, Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), DEVICE, torch.float32, FUSED)
+    engine.initialize()
+    decoder = next(engine.models())
+    own = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.numel():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = decoder(torch.zeros(1, 48, dtype=torch.long))
+    planned = estimate(config, Layout(), torch.float32, kernels=FUSED).heaviest.memory.activations
+    assert planned == pytest.approx(sum(kept.values()) + y.nbytes, rel=0.05)
