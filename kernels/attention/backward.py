@@ -6,8 +6,8 @@ d lse / d s = p. Scores are computed again in both kernels: seven products in al
 
 A program of the first kernel holds a block of keys and goes over the blocks of queries that see them, of every head of
 the group, so that the sum over the group is formed in registers; a program of the second goes over the keys as forward
-does. In both the products that need no waiting for (dv beside ds, dk or dq beside the next scores) run while the other
-instructions of their warps do.
+does. In both the products that need no waiting for run beside the other instructions of their warps: dp beside the
+exponentials, which it does not depend on, and dv, dk and dq until the next scores are needed.
 """
 
 from __future__ import annotations

@@ -100,12 +100,17 @@ def store_tile(x, row, rows, stride, value, D: tl.constexpr, WIDTH: tl.constexpr
 #
 # Hopper, described: products of 64 rows a warp group. Forward holds 128 queries in two warp groups with three stages of
 # 128 keys, 226 of the 227 KB of shared memory; 240 registers a thread, so one block of 8 warps on a multiprocessor,
-# whose products run beside the softmax of the other group. The gradient of keys holds dk and dv of 128 keys (250
-# registers), that of queries dq of 128. At 256 columns tiles of 32 or 64 on the other side are what still fits.
+# whose products run beside the softmax. At 64 columns exponentials take as long as the products, and 64 keys a tile
+# leave room for a second block (124 registers), whose products run meanwhile. The gradient of keys holds dk and dv of
+# 128 keys (250 registers), that of queries dq of 128. Two stages do where an iteration ends with a product that nothing
+# waits for and that lasts until the next tiles are there; dq's at 128 columns is too short for that. At 256 columns
+# tiles of 32 or 64 on the other side are what still fits, in two stages, which a delayed product would lay bare.
 _HOPPER = {
-    "forward": ((128, Tiles(128, 128, 8, 3, True, True)), (256, Tiles(128, 64, 8, 2, True))),
+    "forward": ((64, Tiles(128, 64, 8, 3, True)), (128, Tiles(128, 128, 8, 3, True, True)),
+                (256, Tiles(128, 64, 8, 2, True))),
     "keys": ((128, Tiles(64, 128, 8, 2, True)), (256, Tiles(32, 128, 8, 2, True))),
-    "queries": ((128, Tiles(128, 64, 8, 2, True)), (256, Tiles(128, 32, 8, 2, True))),
+    "queries": ((64, Tiles(128, 64, 8, 2, True)), (128, Tiles(128, 64, 8, 3, True)),
+                (256, Tiles(128, 32, 8, 2, True))),
 }
 # Ampere, and Hopper where the strides do not let a tile be described: products of 16 rows a warp, tiles by cp.async,
 # 156 to 236 registers with 8 warps, so one block on a multiprocessor; two or three stages in at most 103 KB.
