@@ -202,6 +202,12 @@ class IndexedDataset:
 
     def verify(self, vocab_size: int | None = None) -> None:
         """Reads everything, in constant memory. Raises UserError at the first entry or token id out of range."""
+        self.verify_index()
+        for at in range(0, len(self.tokens), _BLOCK):
+            check_ids(self.tokens[at : at + _BLOCK], vocab_size, f"{self.bin_path}, from token {at}")
+
+    def verify_index(self) -> None:
+        """Reads the index, in constant memory. Raises UserError at the first entry out of range."""
         expected = 0
         for at in range(0, len(self.sizes), _BLOCK):
             sizes = self.sizes[at : at + _BLOCK].astype(np.int64)
@@ -218,8 +224,6 @@ class IndexedDataset:
         for at in range(0, self.documents, _BLOCK):
             if np.any(np.diff(self.document_index[at : at + _BLOCK + 1]) < 0):
                 raise UserError(f"{self.idx_path}: the document index goes backwards after document {at}")
-        for at in range(0, len(self.tokens), _BLOCK):
-            check_ids(self.tokens[at : at + _BLOCK], vocab_size, f"{self.bin_path}, from token {at}")
 
 
 def check_ids(ids: np.ndarray, vocab_size: int | None, where: str) -> None:
@@ -229,7 +233,8 @@ def check_ids(ids: np.ndarray, vocab_size: int | None, where: str) -> None:
     low, high = 0 if ids.dtype.kind == "u" else int(ids.min()), int(ids.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         wrong = low if low < 0 else high
-        raise UserError(f"{where}: token id {wrong} is outside the vocabulary of {vocab_size} entries")
+        vocabulary = "any vocabulary" if vocab_size is None else f"the vocabulary of {vocab_size} entries"
+        raise UserError(f"{where}: token id {wrong} is outside {vocabulary}")
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
@@ -246,10 +251,11 @@ class IndexedWriter:
     killed run left there is cleared by the next. Use as a context manager: leaving it without `finish` throws all away.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int, *, dtype: np.dtype[Any] | None = None) -> None:
-        """Raises UserError when the folder cannot be written or another run writes the same prefix."""
+    def __init__(self, prefix: str | Path, vocab_size: int | None, *, dtype: np.dtype[Any] | None = None) -> None:
+        """dtype: of the ids; None: what Megatron-LM stores such a vocabulary in. vocab_size None, which needs a dtype:
+        no id is too large. Raises UserError when the folder cannot be written or another run writes the same prefix."""
         self.prefix, self.vocab_size = str(prefix), vocab_size
-        self.dtype = token_dtype(vocab_size) if dtype is None else np.dtype(dtype)
+        self.dtype = np.dtype(dtype) if dtype is not None else token_dtype(vocab_size or 0)
         self.sequences = self.documents = self.tokens = 0
         self.folder = with_suffix(prefix, ".partial")
         self._lock = claim(self.folder)
