@@ -4,7 +4,8 @@
 
 Triton is given a driver that knows an architecture and nothing else; the launchers run on meta tensors, and each launch
 only compiles. Registers, shared memory and spills are read from the machine code by the cuobjdump that Triton carries.
-Exits 1 if a kernel needs more shared memory than a block may have, spills, or (sm_90) multiplies without HGMMA.
+Exits 1 if a kernel needs more shared memory than a block may have, spills, or (sm_90) multiplies without HGMMA or with
+products that wait for each other: the assembler may put a wait after each one, and says so only in a remark.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Use:
     shared: int
     spills: int
     hgmma: int
+    waits: int
     blocks: int
     wrong: str
 
@@ -99,15 +101,16 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def inspect(kernel: Any, folder: Path) -> tuple[int, int, int]:
-    """Registers a thread, local-memory instructions (spills) and HGMMA instructions of a compiled kernel."""
+def inspect(kernel: Any, folder: Path) -> tuple[int, int, int, int]:
+    """Registers a thread, local-memory instructions (spills), HGMMA instructions and their waits in a kernel's code."""
     path = folder / "kernel.cubin"
     path.write_bytes(kernel.asm["cubin"])
     usage = subprocess.run([tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True)
     sass = subprocess.run([tool("cuobjdump"), "-sass", str(path)], capture_output=True, text=True, check=True).stdout
     registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
     assert registers is not None, usage.stdout
-    return int(registers.group(1)), len(SPILL.findall(sass)), sass.count("HGMMA")
+    waits = sass.count("WARPGROUP.DEPBAR") + sass.count("WARPGROUP.ARRIVE")
+    return int(registers.group(1)), len(SPILL.findall(sass)), sass.count("HGMMA"), waits
 
 
 def blocks(arch: int, warps: int, registers: int, shared: int) -> int:
@@ -127,14 +130,15 @@ def measure(arch: int, only: list[str]) -> Iterator[Use]:
             run()
             assert found, f"{case.kernel}: nothing was launched"
             for kernel_name, kernel in {id(kernel): (n, kernel) for n, kernel in found}.values():
-                registers, spills, hgmma = inspect(kernel, Path(name))
+                registers, spills, hgmma, waits = inspect(kernel, Path(name))
                 meta = kernel.metadata
                 wrong = [text for bad, text in (
                     (meta.shared > SHARED[arch], f"shared memory over {SHARED[arch]}"),
                     (spills > 0, "spills"),
-                    (case.matmul and arch >= 90 and "dot" in kernel.asm["ttir"] and not hgmma, "no HGMMA")) if bad]
+                    (case.matmul and arch >= 90 and "dot" in kernel.asm["ttir"] and not hgmma, "no HGMMA"),
+                    (0 < hgmma <= waits, "products wait for each other")) if bad]
                 yield Use(case.kernel, case.shape, case.dtype, kernel_name, arch, meta.num_warps, meta.num_stages,
-                          registers, meta.shared, spills, hgmma,
+                          registers, meta.shared, spills, hgmma, waits,
                           blocks(arch, meta.num_warps, registers, meta.shared), ", ".join(wrong))
 
 
@@ -146,7 +150,7 @@ def main() -> int:
     options = parser.parse_args()
     uses = [use for arch in options.arch for use in measure(arch, options.only)]
     head = ("case", "shape", "dtype", "kernel", "sm", "warps", "stages", "registers", "shared", "spills", "HGMMA",
-            "blocks/SM", "wrong")
+            "waits", "blocks/SM", "wrong")
     print(table([head, *(tuple(str(value) for value in asdict(use).values()) for use in uses)]))
     if options.save:
         print(keep("resources", {"triton": triton.__version__, "kernels": [asdict(use) for use in uses]}))

@@ -108,7 +108,7 @@ def figures() -> str:
 def resources() -> str:
     """What benchmarks/resources.py --save last read from the machine code for sm_90."""
     content = json.loads((ROOT / "benchmarks" / "results" / "resources.json").read_text(encoding="utf-8"))
-    rows = [f"| sm_90, Triton {content['triton']} | shape | dtype | warps | registers | shared memory | blocks on an SM |",
+    rows = [f"| sm_90, Triton {content['triton']} | shape | dtype | warps | registers | shared memory | blocks an SM |",
             "|---|---|---|---|---|---|---|"]
     rows += [f"| {use['case']}: `{use['kernel']}` | {use['shape']} | {use['dtype']} | {use['warps']} | "
              f"{use['registers']} | {use['shared']:,} | {use['blocks']} |"
