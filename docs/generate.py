@@ -106,13 +106,15 @@ def figures() -> str:
 
 
 def resources() -> str:
-    """What benchmarks/resources.py --save last read from the machine code for sm_90."""
+    """What benchmarks/resources.py --save last read from the machine code for sm_90; what is alike at several shapes is
+    told once."""
     content = json.loads((ROOT / "benchmarks" / "results" / "resources.json").read_text(encoding="utf-8"))
     rows = [f"| sm_90, Triton {content['triton']} | shape | dtype | warps | registers | shared memory | blocks an SM |",
             "|---|---|---|---|---|---|---|"]
+    told = {tuple(use[key] for key in ("case", "kernel", "dtype", "warps", "registers", "shared")): use
+            for use in reversed(content["kernels"]) if use["arch"] == 90}
     rows += [f"| {use['case']}: `{use['kernel']}` | {use['shape']} | {use['dtype']} | {use['warps']} | "
-             f"{use['registers']} | {use['shared']:,} | {use['blocks']} |"
-             for use in content["kernels"] if use["arch"] == 90]
+             f"{use['registers']} | {use['shared']:,} | {use['blocks']} |" for use in reversed(told.values())]
     return "\n".join(rows)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.attention import WIDEST
 from engine.kernels.language import INTERPRETING, triton
 from engine.kernels.norm import apex_norm
 
@@ -45,7 +46,8 @@ class Kernels:
         return f"kernels: {text}; attention: {attention}{sums}{f' ({self.why})' if self.why else ''}"
 
 
-def choose(kernels: str, attention: str, device: torch.device, dtype: torch.dtype, *, here: bool = True) -> Kernels:
+def choose(kernels: str, attention: str, device: torch.device, dtype: torch.dtype, *, head_dim: int = 128,
+           here: bool = True) -> Kernels:
     """The implementations for --kernels and --attention. `here` says that the device is this machine's: a plan for
     another one is believed. Raises KernelsUnavailable."""
     if kernels == "apex":
@@ -54,12 +56,22 @@ def choose(kernels: str, attention: str, device: torch.device, dtype: torch.dtyp
     if "triton" in (kernels, attention) and obstacle:
         flag = "kernels" if kernels == "triton" else "attention"
         raise KernelsUnavailable(f"--{flag} triton: {obstacle}")
+    if attention == "triton" and head_dim > WIDEST:
+        raise KernelsUnavailable(f"--attention triton: its tiles hold heads of up to {WIDEST} columns, --head-dim is "
+                                 f"{head_dim}; use --attention sdpa")
     fused = "torch" if obstacle or kernels == "torch" or (kernels == "auto" and device.type == "cpu") else "triton"
     return Kernels(
         norm="apex" if kernels == "apex" else fused, rope=fused, activation=fused, loss=fused, optimizer=fused,
-        attention=attention if attention != "auto" else "triton" if fused == "triton" else "sdpa",
+        attention=attention if attention != "auto" else _attention(fused, device, dtype, head_dim),
         wide_products=device.type == "cuda" and dtype in (torch.bfloat16, torch.float16),
         why=_why(kernels, device, obstacle))
+
+
+def _attention(fused: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What attention runs where nothing was asked for: ours with the other kernels, for its backward is deterministic;
+    but in fp32 it has no tensor cores, and torch's is faster by far."""
+    slow = device.type == "cuda" and dtype == torch.float32
+    return "triton" if fused == "triton" and not slow and head_dim <= WIDEST else "sdpa"
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype, here: bool) -> str:

@@ -94,7 +94,8 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
         check_lock(Path(config.save.out))
     device, dtype = _device_and_dtype(config, place, switches)
     try:
-        kernels = choose(config.runtime.kernels, config.runtime.attention, device, dtype, here=not switches.dry_run)
+        kernels = choose(config.runtime.kernels, config.runtime.attention, device, dtype,
+                         head_dim=config.model.head_dim, here=not switches.dry_run)
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
     plan = estimate(config, layout, dtype, kernels=kernels)

@@ -29,7 +29,16 @@ def test_auto_on_a_cpu_is_torch(dtype: torch.dtype) -> None:
 def test_auto_on_cuda_is_triton_and_its_products_add_in_fp32() -> None:
     found = choose("auto", "auto", CUDA, torch.bfloat16, here=False)
     assert words(found) == FUSED and found.attention == "triton" and found.wide_products
-    assert not choose("auto", "auto", CUDA, torch.float32, here=False).wide_products
+    single = choose("auto", "auto", CUDA, torch.float32, here=False)
+    assert words(single) == FUSED and not single.wide_products
+    assert single.attention == "sdpa", "in fp32 ours is for proofs"
+    assert choose("auto", "triton", CUDA, torch.float32, here=False).attention == "triton"
+
+
+def test_heads_wider_than_a_tile_go_to_torch_unless_triton_is_asked_for() -> None:
+    assert choose("auto", "auto", CUDA, torch.bfloat16, head_dim=320, here=False).attention == "sdpa"
+    with pytest.raises(KernelsUnavailable, match="--attention triton: .* up to 256 columns, --head-dim is 320"):
+        choose("auto", "triton", CUDA, torch.bfloat16, head_dim=320, here=False)
 
 
 def test_auto_on_cuda_in_fp64_is_torch_and_says_why() -> None:
