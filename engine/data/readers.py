@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from engine.data.inputs import SPLITS, Document, ReadOptions, Source, find_sources, read_span
+from engine.data.inputs import SPLITS, Fault, LeftOut, ReadOptions, Source, find_sources, read_span
 from engine.data.inputs.meter import BLOCK_BYTES
 from engine.data.inputs.read import open_meter
 from engine.errors import UserError
@@ -25,7 +25,9 @@ def read_documents(
         left = byte_limit // len(sources) if byte_limit else None
         with open_meter(source, 0, source.size, options, BLOCK_BYTES) as meter:
             for item in read_span(source, meter, options):
-                if not isinstance(item, Document):
+                if isinstance(item, LeftOut):
+                    continue
+                if isinstance(item, Fault):
                     raise UserError(f"{source.path}:{item.line}: {item.message}")
                 if item.text.strip():
                     yield item.text

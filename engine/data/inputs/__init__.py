@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, LeftOut
 from engine.data.inputs.plan import UNIT_BYTES, Span, Unit, plan
 from engine.data.inputs.read import ReadOptions, read_span
 from engine.data.inputs.source import SPLITS, Source, find_sources
@@ -14,6 +14,7 @@ __all__ = [
     "BadRecord",
     "Document",
     "Fault",
+    "LeftOut",
     "ReadOptions",
     "Source",
     "Span",

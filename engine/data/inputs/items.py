@@ -13,10 +13,18 @@ class BadRecord(Exception):
 
 
 class Document(NamedTuple):
-    """A document's text, and the line (from 1) it starts at, counted from the span's start; in parquet the row."""
+    """A document's text, and the line (from 1) it starts at, counted from the span's start; in parquet the row in the
+    file, in a dump 0."""
 
     line: int
     text: str
+
+
+class LeftOut(NamedTuple):
+    """A page of a dump that is no article, and why."""
+
+    line: int
+    reason: str
 
 
 class Fault(NamedTuple):

@@ -54,8 +54,8 @@ def _spans(sources: Sequence[Source], split_text: str, size: int) -> Iterator[Sp
 
 def can_cut(source: Source, split_text: str) -> bool:
     """Whether the file can be read from the middle."""
-    if source.kind == "parquet":
-        return True
+    if source.kind == "parquet" or (source.kind == "dump" and source.compression in ("", "bz2")):
+        return True  # by row groups; by pages or by the streams of bzip2
     if source.compression or not source.lines_are_bytes:
         return False
     return source.kind == "jsonl" or (source.kind == "text" and split_text != "document")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import IO
 
 from engine.data.inputs import text
-from engine.data.inputs.items import Document, Fault
+from engine.data.inputs.dump import read_articles
+from engine.data.inputs.items import Document, Fault, LeftOut
 from engine.data.inputs.jsonarray import read_array
 from engine.data.inputs.meter import Meter
 from engine.data.inputs.parquet import read_rows
@@ -32,11 +33,11 @@ class ReadOptions:
 
 def open_meter(source: Source, start: int, stop: int, options: ReadOptions, block_bytes: int) -> Meter:
     """The measured file a span is read from. Raises OSError."""
-    by_lines = can_cut(source, options.split_text) and source.kind != "parquet"
+    by_lines = can_cut(source, options.split_text) and source.has_lines
     return Meter(source.path, start, stop, begin=max(0, start - 1) if by_lines else start, block_bytes=block_bytes)
 
 
-def read_span(source: Source, meter: Meter, options: ReadOptions) -> Iterator[Document | Fault]:
+def read_span(source: Source, meter: Meter, options: ReadOptions) -> Iterator[Document | Fault | LeftOut]:
     """The documents that begin in the meter's span, in order, and every place where none could be read.
 
     Lines count from the span's start. Read to its end, this leaves the meter drained."""
@@ -56,10 +57,13 @@ def read_span(source: Source, meter: Meter, options: ReadOptions) -> Iterator[Do
             yield Fault(last + 1, broken(error, ""))
 
 
-def _items(source: Source, raw: IO[bytes], meter: Meter, options: ReadOptions) -> Iterator[Document | Fault]:
+def _items(source: Source, raw: IO[bytes], meter: Meter, options: ReadOptions) -> Iterator[Document | Fault | LeftOut]:
     """Raises what broken input raises (BROKEN)."""
     if source.kind == "parquet":
         yield from read_rows(source.path, meter.start, meter.stop, options.json_key)
+        return
+    if source.kind == "dump":
+        yield from read_articles(source.path, meter.start, meter.stop)
         return
     stream = open_stream(raw, source.compression, source.path)
     if source.kind == "json":
@@ -75,13 +79,11 @@ def _text_items(
     source: Source, stream: IO[bytes], encoding: str, meter: Meter, options: ReadOptions
 ) -> Iterator[Document | Fault]:
     whole = not can_cut(source, options.split_text)
-    skipped = 3 if source.mark and encoding == source.encoding and meter.start == 0 else 0  # UTF-8's mark
-    stream.read(skipped)
     if source.kind == "text" and options.split_text == "document":
         yield from text.read_whole(stream, encoding)
         return
     start, stop = (0, None) if whole else (meter.start, meter.stop)
-    found = text.lines_of_span(stream, start) if start else text.lines(stream, skipped)
+    found = text.lines_of_span(stream, start) if start else text.lines(stream)
     if source.kind == "text" and options.split_text == "blank":
         yield from text.read_paragraphs(found, stop, encoding, _begins_inside(source.path, start, stop))
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data.inputs.unpack import COMPRESSIONS, open_stream
+from engine.data.wiki import is_dump
 from engine.errors import UserError, nearest
 
 SPLITS = ("document", "line", "blank")
@@ -36,8 +37,7 @@ class Source:
     """One input file.
 
     kind: "jsonl", "json" (an array), "text", "parquet" or "dump"; compression: "", "gz", "bz2" or "zst"; encoding: the
-    name of a codec; size in bytes and mtime in ns as they were when the job began; mark: whether it begins with a
-    byte-order mark."""
+    name of a codec; size in bytes and mtime in ns as they were when the job began."""
 
     path: str
     kind: str
@@ -45,7 +45,11 @@ class Source:
     encoding: str
     size: int
     mtime_ns: int
-    mark: bool = False
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether documents are found again by a line, counted over the spans of the file."""
+        return self.kind not in ("parquet", "dump")
 
     @property
     def lines_are_bytes(self) -> bool:
@@ -138,12 +142,14 @@ def _source(path: str, encoding: str) -> Source:
         raise UserError(f"{path} ends in {ending or 'nothing'}; known are {_endings()}{advice}")
     if compression and kind == "parquet":
         raise UserError(f"{path}: parquet is compressed inside and read at random; unpack the file first")
+    if kind == "dump" and not is_dump(path):
+        raise UserError(f"{path} is XML, but not a MediaWiki dump: it does not begin with <mediawiki>")
     if compression or kind == "json":
         head = _first_bytes(path, compression)
     marked = next((codec for mark, codec in _MARKS if head.startswith(mark)), None)
     if kind == "json" and not _begins_array(head, marked or encoding):
         kind = "jsonl"
-    return Source(path, kind, compression, marked or encoding, stat.st_size, stat.st_mtime_ns, marked is not None)
+    return Source(path, kind, compression, marked or encoding, stat.st_size, stat.st_mtime_ns)
 
 
 def _first_bytes(path: str, compression: str) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Line(NamedTuple):
 
 
 def lines(stream: IO[bytes], offset: int = 0, number: int = 1) -> Iterator[Line]:
-    """The lines of a stream whose next byte lies at `offset`."""
+    """The lines of a stream whose next byte lies at `offset`. UTF-8's mark at byte 0 is no part of the first."""
     limit = MAX_RECORD_BYTES
     while line := stream.readline(limit + 1):
         begin, size = offset, len(line)
@@ -35,7 +36,7 @@ def lines(stream: IO[bytes], offset: int = 0, number: int = 1) -> Iterator[Line]
                 size += len(line)
             yield Line(number, begin, None)
         else:
-            yield Line(number, begin, line.rstrip(b"\r\n"))
+            yield Line(number, begin, (line if begin else line.removeprefix(BOM_UTF8)).rstrip(b"\r\n"))
         number += 1
         offset += size
 
@@ -112,7 +113,7 @@ def read_whole(stream: IO[bytes], encoding: str) -> Iterator[Document | Fault]:
     if len(data) > MAX_RECORD_BYTES:
         yield Fault(1, f"the document is longer than {MAX_RECORD_BYTES:,} bytes; use --split-text blank or line")
     else:
-        yield _text(1, data, encoding)
+        yield _text(1, data.removeprefix(BOM_UTF8), encoding)
 
 
 def _text(line: int, data: bytes, encoding: str) -> Document | Fault:
@@ -130,6 +131,8 @@ def follows_text(read_back: Callable[[int, int], bytes], offset: int) -> bool:
         start = max(0, stop - 4096)
         block = read_back(start, stop)
         line = block[block.rfind(b"\n") + 1 :]
+        if not start:
+            line = line.removeprefix(BOM_UTF8)
         if line.strip(_BLANK):
             return True
         if len(line) < len(block) or start == 0:
