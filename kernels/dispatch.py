@@ -62,14 +62,16 @@ def choose(kernels: str, attention: str, device: torch.device, dtype: torch.dtyp
     fused = "torch" if obstacle or kernels == "torch" or (kernels == "auto" and device.type == "cpu") else "triton"
     return Kernels(
         norm="apex" if kernels == "apex" else fused, rope=fused, activation=fused, loss=fused, optimizer=fused,
-        attention=attention if attention != "auto" else _attention(fused, device, dtype, head_dim),
+        attention=_attention(attention, fused, device, dtype, head_dim),
         wide_products=device.type == "cuda" and dtype in (torch.bfloat16, torch.float16),
         why=_why(kernels, device, obstacle))
 
 
-def _attention(fused: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What attention runs where nothing was asked for: ours with the other kernels, for its backward is deterministic;
-    but in fp32 it has no tensor cores, and torch's is faster by far."""
+def _attention(asked: str, fused: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What attention runs. Where nothing was asked for: ours with the other kernels, for its backward is deterministic;
+    but in fp32 it has no tensor cores, and torch's is faster by far. The formula takes its softmax from the kernels."""
+    if asked != "auto":
+        return "unfused" if asked == "reference" and fused == "triton" else asked
     slow = device.type == "cuda" and dtype == torch.float32
     return "triton" if fused == "triton" and not slow and head_dim <= WIDEST else "sdpa"
 

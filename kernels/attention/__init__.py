@@ -86,12 +86,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
     of those, the last w alone. `cumulative` [documents + 1], whole numbers on the device: the cumulative lengths of
     documents over the batch's flattened tokens; a query then sees its own document alone, and the end of a row ends a
     document. `scale` is 1 / sqrt(d) if not given. A query that sees nothing gives 0.
-    by: "sdpa", "triton" (d at most 256; deterministic both ways) or "reference". ValueError for what does not fit.
+    by: "sdpa", "triton" (d at most 256; deterministic both ways), "reference" (the formula, scores whole) or "unfused"
+    (the same with the softmax by Triton). ValueError for what does not fit.
     """
     _check(q, k, v, window, cumulative, by)
     if by == "triton":
         return _fused(q, k, v, causal, window, cumulative, scale)[0]
-    return (reference if by == "reference" else sdpa)(q, k, v, causal, window, cumulative, scale)
+    if by == "sdpa":
+        return sdpa(q, k, v, causal, window, cumulative, scale)
+    return reference(q, k, v, causal, window, cumulative, scale, "triton" if by == "unfused" else "torch")
 
 
 def attention_statistics(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
@@ -138,5 +141,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cumulative: Tens
         raise ValueError(f"documents need as many queries as keys, not {seq} and {keys}")
     if by == "triton" and d > WIDEST:
         raise ValueError(f"attention by 'triton' takes heads of up to {WIDEST} columns, these have {d}")
-    if by not in ("sdpa", "triton", "reference"):
-        raise ValueError(f"attention's by is {by!r}; there are 'sdpa', 'triton' and 'reference'")
+    if by not in ("sdpa", "triton", "reference", "unfused"):
+        raise ValueError(f"attention's by is {by!r}; there are 'sdpa', 'triton', 'reference' and 'unfused'")

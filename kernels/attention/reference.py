@@ -47,13 +47,13 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int | None = None,
-              cumulative: Cumulative = None, scale: float | None = None) -> torch.Tensor:
-    """The formula, written out; the softmax never below fp32, and 0 where nothing is seen."""
+              cumulative: Cumulative = None, scale: float | None = None, softmax: str = "torch") -> torch.Tensor:
+    """The formula, written out; the softmax, by "torch" or "triton", never below fp32, and 0 where nothing is seen."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = q @ k.transpose(-1, -2)  # [batch, heads, seq, keys]
     return scaled_masked_softmax(scores, scale or q.shape[-1] ** -0.5,
-                                 mask=seen(q, k, causal, window, cumulative)) @ v
+                                 mask=seen(q, k, causal, window, cumulative), by=softmax) @ v
 
 
 def statistics(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int | None = None,

@@ -58,6 +58,14 @@ def test_head_dims_that_are_no_power_of_two_too(dtype: torch.dtype, d: int) -> N
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"cumulative": [3, 0, 17]}])
+def test_the_formula_with_the_softmax_by_triton(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    options = {name: lengths(*value) if name == "cumulative" else value for name, value in options.items()}
+    assert_as_good(lambda *x: attention(*x, by="unfused", **options), lambda *x: attention(*x, by="reference", **options),
+                   made(1, 4, 2, 20, 20, 64), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_without_causality(dtype: torch.dtype) -> None:
     check(made(1, 2, 1, 19, 45, 64), dtype, causal=False)
 
@@ -263,7 +271,7 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"window": 0}, "a window of 0 keys"), ({"by": "flash"}, "there are 'sdpa', 'triton' and 'reference'"),
+    ({"window": 0}, "a window of 0 keys"), ({"by": "flash"}, "there are 'sdpa', 'triton', 'reference' and 'unfused'"),
     ({"cumulative": torch.tensor([0, 4])}, "as many queries as keys"),
 ])
 def test_what_does_not_fit_is_an_error(change: dict[str, Any], says: str) -> None:

@@ -50,6 +50,8 @@ def test_torch_and_an_attention_may_be_asked_for() -> None:
     found = choose("torch", "auto", CUDA, torch.bfloat16, here=False)
     assert words(found) == PLAIN and found.attention == "sdpa"
     assert choose("auto", "sdpa", CUDA, torch.bfloat16, here=False).attention == "sdpa"
+    assert choose("auto", "reference", CUDA, torch.bfloat16, here=False).attention == "unfused"
+    assert choose("torch", "reference", CUDA, torch.bfloat16, here=False).attention == "reference"
     mixed = choose("torch", "triton", CUDA, torch.bfloat16, here=False)
     assert words(mixed) == PLAIN and mixed.attention == "triton"
 
