@@ -61,8 +61,8 @@ def test_head_dims_that_are_no_power_of_two_too(dtype: torch.dtype, d: int) -> N
 @pytest.mark.parametrize("options", [{}, {"window": 5}, {"cumulative": [3, 0, 17]}])
 def test_the_formula_with_the_softmax_by_triton(dtype: torch.dtype, options: dict[str, Any]) -> None:
     options = {name: lengths(*value) if name == "cumulative" else value for name, value in options.items()}
-    assert_as_good(lambda *x: attention(*x, by="unfused", **options), lambda *x: attention(*x, by="reference", **options),
-                   made(1, 4, 2, 20, 20, 64), dtype)
+    unfused, plain = (lambda *x, by=by: attention(*x, by=by, **options) for by in ("unfused", "reference"))
+    assert_as_good(unfused, plain, made(1, 4, 2, 20, 20, 64), dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
