@@ -1,46 +1,77 @@
-"""Text to ids and back: sentencepiece models, and Hugging Face's tokenizer.json."""
+"""Text to ids and back: sentencepiece models, Hugging Face's tokenizer.json, GPT-2's and tiktoken's files."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.tokenizer.base import Tokenizer, folder_files
+from engine.tokenizer.base import Tokenizer
+from engine.tokenizer.bpe import is_tiktoken
+from engine.tokenizer.folder import CONFIG, folder_files
 from engine.tokenizer.sp import SentencePieceTokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
+_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Loads a .model file, or a folder with tokenizer.model and/or tokenizer.json.
+    """Loads a .model or .tiktoken file, or a folder that holds one, a tokenizer.json, or GPT-2's vocab.json and
+    merges.txt (also named encoder.json and vocab.bpe).
 
-    Of the two the model is read, unless the json holds more tokens than it (added after training). Raises UserError
-    when there is none or it cannot be read."""
+    Of tokenizer.model and tokenizer.json the model is read, unless the json holds more tokens than it (added after
+    training); either comes before the others. Raises UserError when there is none or it cannot be read."""
     where = Path(path)
-    if where.is_file() and where.suffix == ".model":
-        return SentencePieceTokenizer(where, {"tokenizer.model": where})
+    if where.is_file():
+        return _load_file(where)
     if not where.is_dir():
-        raise UserError(f"{path} is neither a .model file nor a folder with tokenizer.model or tokenizer.json")
+        raise UserError(
+            f"{path} is neither a .model or .tiktoken file nor a folder with tokenizer.model, tokenizer.json, or "
+            "vocab.json and merges.txt"
+        )
     files = folder_files(where)
-    if "tokenizer.model" in files:
-        tokenizer = SentencePieceTokenizer(files["tokenizer.model"], files)
-        if "tokenizer.json" not in files or _count(files["tokenizer.json"]) <= tokenizer.vocab_size:
-            return tokenizer
+    model = files.get("tokenizer.model")
     if "tokenizer.json" in files:
         # Imported here because `tokenizers` is optional; the rest of the engine runs without it.
+        from engine.tokenizer.json_file import count_ids, read_tokenizer_json
+
+        if model is not None and not is_tiktoken(model):
+            tokenizer = SentencePieceTokenizer(model, files)
+            if count_ids(read_tokenizer_json(files["tokenizer.json"])) <= tokenizer.vocab_size:
+                return tokenizer
         from engine.tokenizer.fast import FastTokenizer
 
         return FastTokenizer(files["tokenizer.json"], files)
-    raise UserError(f"{path} holds neither tokenizer.model nor tokenizer.json")
+    if model is not None:
+        return _load_file(model, files)
+    return _load_bytes(where, files)
 
 
-def _count(path: Path) -> int:
-    """The highest id in a tokenizer.json + 1."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        vocabulary = content["model"]["vocab"]
-        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-        return max([*ids, *(token["id"] for token in content.get("added_tokens") or [])]) + 1
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no tokenizer.json: {error!r}") from None
+def _load_file(path: Path, files: dict[str, Path] | None = None) -> Tokenizer:
+    """A file by itself; as part of a folder with the others of it."""
+    if path.suffix == ".tiktoken" or is_tiktoken(path):
+        from engine.tokenizer.bytelevel import load_tiktoken
+
+        beside = {CONFIG: path.with_name(CONFIG)} if path.with_name(CONFIG).is_file() else {}
+        return load_tiktoken(path, files or {path.name: path, **beside})
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path, files or {"tokenizer.model": path})
+    raise UserError(f"{path} is neither a .model file nor a .tiktoken file; give a tokenizer.json as its folder")
+
+
+def _load_bytes(folder: Path, files: dict[str, Path]) -> Tokenizer:
+    """GPT-2's pair, or the folder's one .tiktoken file."""
+    from engine.tokenizer.bytelevel import load_gpt2, load_tiktoken
+
+    for vocab, merges in _PAIRS:
+        if vocab in files and merges in files:
+            return load_gpt2(files[vocab], files[merges], files)
+    ranks = [name for name in files if name.endswith(".tiktoken")]
+    if len(ranks) > 1:
+        raise UserError(f"{folder} holds {len(ranks)} rank files ({', '.join(ranks)}); give the path of one")
+    if ranks:
+        return load_tiktoken(files[ranks[0]], files)
+    raise UserError(
+        f"{folder} holds no tokenizer: tokenizer.model, tokenizer.json, vocab.json with merges.txt, encoder.json with "
+        "vocab.bpe, or a .tiktoken file"
+    )

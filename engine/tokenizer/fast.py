@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.tokenizer.base import Tokenizer, check_encodable, file_hash
+from engine.tokenizer.base import Encoder, Tokenizer, check_encodable, token_dtype
+from engine.tokenizer.bpe import byte_alphabet
+from engine.tokenizer.cut import SPACE, CutEncoder
+from engine.tokenizer.folder import hash_of, named_tokens
+from engine.tokenizer.json_file import (
+    CannotCut,
+    Json,
+    Plan,
+    merge_pairs,
+    plan,
+    read_tokenizer_json,
+    steps_of,
+    text_tokens,
+)
+from engine.tokenizer.memo import packed
+from engine.tokenizer.patterns import PatternEncoder, changed_by_cuts, doubtful
+from engine.tokenizer.safe_pairs import SafeBytePairs
+
+_SHOWN = byte_alphabet()
+_BYTE_OF = {character: byte for byte, character in _SHOWN.items()}
+_WORD = re.compile(f"{SPACE}[^{SPACE}]*|[^{SPACE}]+")
 
 
 class FastTokenizer(Tokenizer):
@@ -16,6 +36,8 @@ class FastTokenizer(Tokenizer):
 
     def __init__(self, path: Path, files: dict[str, Path]) -> None:
         """Raises UserError when `tokenizers` is missing or refuses the file."""
+        self._path = path
+        read_tokenizer_json(path)
         self._tokenizer = _read(path)
         # Whatever the file asks for: no cutting, no padding, and "</s>" in a text is text.
         self._tokenizer.no_truncation()
@@ -25,9 +47,9 @@ class FastTokenizer(Tokenizer):
         if not self._ids:
             raise UserError(f"{path} holds an empty vocabulary")
         self.vocab_size = max(self._ids.values()) + 1
-        named = _named_tokens(path.parent)
+        named = named_tokens(path.parent)
         self.bos_id, self.eos_id, self.pad_id = (self._ids.get(named.get(n, "")) for n in ("bos", "eos", "pad"))
-        self.files, self.hash = files, file_hash(path)
+        self.files, self.hash = files, hash_of(path.read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode."""
@@ -42,6 +64,117 @@ class FastTokenizer(Tokenizer):
         """See Tokenizer.token_id."""
         return self._ids.get(piece)
 
+    def _build_memo(self) -> tuple[Encoder | None, str]:
+        content = read_tokenizer_json(self._path)
+        try:
+            how = plan(content)
+        except CannotCut as reason:
+            return None, f"tokenizers itself: {reason}"
+        memo = self._spaced(content, how) if how.pattern is None else self._byte_level(how, how.pattern)
+        prepare = self._normalizer(content) if how.pattern is not None else str
+        looked_for = [token["content"].replace(SPACE, " ") for token in text_tokens(content)]
+        guarded = _Guarded(memo, self, prepare, looked_for, classed=how.pattern is not None)
+        return guarded, "memo encoder (exact): tokenizers encodes each new segment between safe cuts once"
+
+    def _spaced(self, content: Json, how: Plan) -> Encoder:
+        """Of a vocabulary that writes a space as U+2581."""
+        pieces = ["".join(pair) for pair in merge_pairs(content["model"])]
+        if how.split_spaces:
+            pieces = [part for piece in pieces for part in _WORD.findall(piece)]
+
+        def normalize(text: str) -> tuple[str, bool]:
+            text = text.replace(SPACE, " ")
+            if how.prefix == "unless" and text.startswith(" "):
+                return text[1:], True
+            return text, how.prefix != "never"
+
+        def encode(segments: list[str]) -> list[list[int]]:
+            if not how.split_spaces:
+                return self._segments(segments)
+            return [[number for ids in self._segments(_WORD.findall(one)) for number in ids] for one in segments]
+
+        return CutEncoder(pieces, encode, normalize, token_dtype(self.vocab_size))
+
+    def _byte_level(self, how: Plan, pattern: str) -> Encoder:
+        """Of a vocabulary of bytes behind a pattern."""
+        pairs = None if self._changed_by_cuts() else SafeBytePairs(map(_to_bytes, self._tokenizer.get_vocab(False)))
+
+        def encode(segments: list[str]) -> list[list[int]]:
+            return self._segments([one.encode().decode("latin-1").translate(_SHOWN) for one in segments])
+
+        def normalize(text: str) -> str:
+            return " " + text if how.prefix == "unless" and text and not text.startswith(" ") else text
+
+        return PatternEncoder(pattern, pairs, encode, token_dtype(self.vocab_size), normalize)
+
+    def _segments(self, segments: list[str]) -> list[list[int]]:
+        tokenize = self._tokenizer.model.tokenize
+        return [[token.id for token in tokenize(segment)] for segment in segments]
+
+    def _changed_by_cuts(self) -> bool:
+        """See `changed_by_cuts`; only with ignore_merges is a whole piece looked up first."""
+        model = self._tokenizer.model
+        if not getattr(model, "ignore_merges", False):
+            return False
+        entries = {_to_bytes(piece): piece for piece in self._tokenizer.get_vocab(False)}
+        try:
+            model.ignore_merges = False  # of the one model that there is, so it has to be set back
+            return changed_by_cuts(entries, lambda piece: len(model.tokenize(entries[piece])))
+        finally:
+            model.ignore_merges = True
+
+    def _normalizer(self, content: Json) -> Callable[[str], str]:
+        """The file's own normalizer, passed by where it cannot change anything."""
+        normalizer = self._tokenizer.normalizer
+        if normalizer is None:
+            return str
+        forms = {step.get("type") for step in steps_of(content.get("normalizer"), "normalizers")}
+        ascii_stays = forms <= {"NFC", "NFD", "NFKC", "NFKD"}
+        return lambda text: text if ascii_stays and text.isascii() else str(normalizer.normalize_str(text))
+
+
+class _Guarded:
+    """A memo encoder that leaves to `tokenizers` the few texts it is not meant for: those that hold an added token that
+    is looked for in text, or (classed) a character that the two pattern engines may class differently."""
+
+    def __init__(
+        self,
+        memo: Encoder,
+        reference: FastTokenizer,
+        prepare: Callable[[str], str],
+        looked_for: Sequence[str],
+        *,
+        classed: bool,
+    ) -> None:
+        self._memo, self._reference, self._prepare = memo, reference, prepare
+        self._looked_for, self._classed = looked_for, classed
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """See Encoder.encode."""
+        prepared = [self._prepare(text) for text in texts]
+        left = [self._leaves(text, ready) for text, ready in zip(texts, prepared, strict=True)]
+        ours = iter(self._memo.encode([ready for ready, skip in zip(prepared, left, strict=True) if not skip]))
+        dtype = token_dtype(self._reference.vocab_size)
+        return [
+            packed([self._reference.encode(text)], dtype)[0] if skip else next(ours)
+            for text, skip in zip(texts, left, strict=True)
+        ]
+
+    def _leaves(self, text: str, ready: str) -> bool:
+        if self._looked_for:
+            shown = [one.replace(SPACE, " ") for one in ((text,) if text is ready else (text, ready))]
+            if any(token in one for token in self._looked_for for one in shown):
+                return True
+        return self._classed and doubtful(text)
+
+
+def _to_bytes(piece: str) -> bytes:
+    """An entry as bytes; none for those that are not written in the alphabet of bytes."""
+    try:
+        return bytes(_BYTE_OF[character] for character in piece)
+    except KeyError:
+        return b""
+
 
 def _read(path: Path) -> Any:
     try:
@@ -54,21 +187,3 @@ def _read(path: Path) -> Any:
         raise
     except BaseException as error:  # a panic in Rust arrives as a bare BaseException
         raise UserError(f"{path} is no tokenizer that can be read: {str(error)[:200]}") from None
-
-
-def _named_tokens(folder: Path) -> dict[str, str]:
-    """bos, eos and pad as text, where a file in the folder names them."""
-    named: dict[str, str] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).is_file():
-            continue
-        try:
-            config = json.loads((folder / name).read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{folder / name} is not JSON: {error}") from None
-        for role in ("bos", "eos", "pad"):
-            value = config.get(f"{role}_token") if isinstance(config, dict) else None
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                named.setdefault(role, text)
-    return named

@@ -8,7 +8,13 @@ from pathlib import Path
 import sentencepiece
 
 from engine.errors import UserError
-from engine.tokenizer.base import Tokenizer, check_encodable, file_hash
+from engine.tokenizer import sp_file
+from engine.tokenizer.base import Encoder, Tokenizer, check_encodable, token_dtype
+from engine.tokenizer.cut import SPACE, CutEncoder
+from engine.tokenizer.folder import hash_of
+from engine.tokenizer.sp_file import ModelFacts, model_facts, without_normalizer
+
+_FEW = 10  # below this many texts, starting sentencepiece's thread for a batch takes longer than the work
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -25,7 +31,36 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = _present(self._model.bos_id())
         self.eos_id = _present(self._model.eos_id())
         self.pad_id = _present(self._model.pad_id())
-        self.files, self.hash = files, file_hash(model)
+        self.files, self.hash = files, hash_of(model.read_bytes())
+
+    def _build_memo(self) -> tuple[Encoder | None, str]:
+        """The memo where it is exact for this model, else sentencepiece for everything."""
+        proto = self._model.serialized_model_proto()
+        facts = model_facts(proto)
+        reason = why_not_exact(facts)
+        if reason is None and not hasattr(self._model, "Normalize"):
+            reason = "this version of sentencepiece cannot normalise apart from encoding"
+        if reason is not None:
+            return None, f"sentencepiece itself: {reason}"
+        self._normalizes = facts.character_map or facts.extra_spaces_removed
+        self._dummy_prefix = facts.dummy_prefix
+        self._bare = sentencepiece.SentencePieceProcessor(model_proto=without_normalizer(proto))
+        merged = (sp_file.NORMAL, sp_file.USER_DEFINED, sp_file.UNUSED)
+        pieces = [piece for piece, kind in facts.pieces if kind in merged]
+        memo = CutEncoder(pieces, self._segments, self._normalized, token_dtype(self.vocab_size))
+        return memo, "memo encoder (exact): sentencepiece encodes each new segment between safe cuts once"
+
+    def _segments(self, segments: list[str]) -> list[list[int]]:
+        if len(segments) < _FEW:
+            return [self._bare.Encode(segment) for segment in segments]
+        return self._bare.Encode(segments, num_threads=1)
+
+    def _normalized(self, text: str) -> tuple[str, bool]:
+        """What sentencepiece encodes, spaces shown as spaces, and whether one more stands before it."""
+        if not self._normalizes:
+            return text.replace(SPACE, " "), self._dummy_prefix
+        text = self._model.Normalize(text).replace(SPACE, " ")
+        return (text[1:], True) if text.startswith(" ") else (text, False)
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode."""
@@ -43,6 +78,21 @@ class SentencePieceTokenizer(Tokenizer):
         """See Tokenizer.token_id."""
         number = int(self._model.PieceToId(piece))
         return number if self._model.IdToPiece(number) == piece else None  # an unknown piece maps to <unk>
+
+
+def why_not_exact(facts: ModelFacts) -> str | None:
+    """Why cutting would change this model's ids; None where it does not (see safe_pairs for the argument)."""
+    if facts.model_type != sp_file.BPE:
+        return "unigram scores are not additive over cuts" if facts.model_type == 1 else "the model is not BPE"
+    if not facts.byte_fallback:
+        return "without byte fallback it joins neighbouring <unk>, also across a cut"
+    if facts.suffix_space:
+        return "spaces belong to the word before them"
+    if not facts.spaces_escaped:
+        return "spaces are not escaped"
+    if any(" " in piece for piece, kind in facts.pieces if kind == sp_file.USER_DEFINED):
+        return "a user-defined symbol holds a space, which is matched before spaces are escaped"
+    return None
 
 
 def _present(number: int) -> int | None:

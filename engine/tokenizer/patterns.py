@@ -1,0 +1,121 @@
+"""Pre-tokenizer patterns of byte-level vocabularies, and the exact memo encoder behind them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import numpy as np
+import regex
+
+from engine.tokenizer.fine import FineEncoder
+from engine.tokenizer.memo import Ids, Memo, at_first_spaces, spaced, windows
+from engine.tokenizer.safe_pairs import CODE_POINTS, SafePairs
+
+_TAIL = r"|\s+(?!\S)|\s+"
+_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + _TAIL
+CL100K = _ENDING + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+" + _TAIL
+QWEN2 = CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
+O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_ENDING}?|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_ENDING}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+" + _TAIL
+)
+_TIKTOKEN = {
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2,
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
+    r"\s+(?!\S)|\s": CL100K,
+}  # other ways of writing the same, as tiktoken's own source has them
+KNOWN = {pattern: pattern for pattern in (GPT2, CL100K, QWEN2, O200K)} | _TIKTOKEN
+"""Patterns whose pieces are known never to go on from something else into a space, so that text may be cut there."""
+
+_GLUE = "\0"
+_BREAK = regex.compile(r"(?<=[\p{L}\p{N}])\s(?=\S)")  # no piece goes on from a letter or digit into whitespace
+_NEVER_INSIDE = regex.compile(r"\p{L}[^\p{L}\p{M}\p{N}']")
+_OTHER_SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+
+
+class PatternEncoder:
+    """Cuts text before spaces, by `str.split` and a dict, behind that by the pattern, and its pieces at safe pairs."""
+
+    def __init__(
+        self,
+        pattern: str,
+        pairs: SafePairs | None,
+        encode: Callable[[list[str]], Iterable[Ids]],
+        dtype: np.dtype[Any],
+        normalize: Callable[[str], str] | None = None,
+    ) -> None:
+        """pattern: one of KNOWN. pairs: where a piece may be cut further. encode: pieces or their parts to ids."""
+        split = regex.compile(KNOWN[pattern]).findall
+        self._normalize = normalize
+        self._fine = FineEncoder(pairs, encode, dtype, pieces=split, windows=lambda text: windows(text, _BREAK))
+        self._starts = Memo(lambda keys: self._fine.encode([key.replace(_GLUE, " ") for key in keys]))
+        self._words = Memo(lambda keys: self._fine.encode([" " + key.replace(_GLUE, " ") for key in keys]))
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """The ids of each text as bytes. Raises UnicodeEncodeError for a lone surrogate."""
+        by_words: list[list[bytes | bytearray] | None] = []
+        fine: list[str] = []
+        for text in texts:
+            text = self._normalize(text) if self._normalize else text
+            if spaced(text) and _GLUE not in text:
+                by_words.append(self._look_up(text))
+            else:
+                by_words.append(None)
+                fine.append(text)
+        self._starts.fill()
+        self._words.fill()
+        others = iter(self._fine.encode(fine))
+        return [next(others) if found is None else b"".join(found) for found in by_words]
+
+    def _look_up(self, text: str) -> list[bytes | bytearray]:
+        """What the memo has, or will have once filled, for each word."""
+        found: list[bytes | bytearray] = []
+        # Where whitespace follows whitespace a piece may go on (`\s+(?!\S)`), so that is kept together.
+        others = [space for space in _OTHER_SPACES if space in text]
+        for window in windows(text, _BREAK):
+            keys = at_first_spaces(window, _GLUE, others)
+            found.append(self._starts[keys[0]])
+            found += map(self._words.__getitem__, keys[1:])
+        return found
+
+
+def changed_by_cuts(pieces: Iterable[bytes], merged: Callable[[bytes], int]) -> bool:
+    """Whether cutting could change the ids of a vocabulary that looks a whole piece up before it merges. For parts of
+    pieces that is only the same where merging makes each entry from its bytes. merged: into how many parts it does.
+
+    Entries that are no text, or go on from a letter to a sign, as "<|endoftext|>", are part of no pattern's piece."""
+    for piece in pieces:
+        if merged(piece) > 1:
+            with suppress(UnicodeDecodeError):
+                if not _NEVER_INSIDE.search(piece.decode("utf-8")):
+                    return True
+    return False
+
+
+@cache
+def _unsure() -> np.ndarray:
+    """For every code point whether libraries may class it differently, as they know different versions of Unicode:
+    what this Python's has not assigned (all above the third plane counts as that), and U+0295, which Unicode 15.1 made
+    a letter without case."""
+    last = 0x323B0
+    table = np.ones(CODE_POINTS, bool)
+    table[:last] = [unicodedata.category(chr(code)) == "Cn" for code in range(last)]
+    table[0x295] = True
+    return table
+
+
+def doubtful(text: str) -> bool:
+    """Whether a text holds a character that two pattern engines may class differently. Raises UnicodeEncodeError for a
+    lone surrogate."""
+    if text.isascii():
+        return False
+    return bool(_unsure().take(np.frombuffer(text.encode("utf-32-le"), "<u4")).any())

@@ -1,0 +1,103 @@
+"""What a sentencepiece .model says of itself, and a copy of it that normalises nothing.
+
+The file is a protobuf message (`sentencepiece_model.proto` of google/sentencepiece); the few fields needed are read
+from its wire format (protobuf.dev, "Encoding"), so that the package `protobuf` is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+BPE = 2
+_PIECES, _TRAINER, _NORMALIZER, _SELF_TEST = 1, 2, 3, 4  # fields of ModelProto
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_BARE = b"\x0a\x08identity" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
+"""A NormalizerSpec: name "identity", no character map, no dummy prefix, extra spaces kept, spaces escaped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The settings that decide how text is split. The defaults are sentencepiece's own, for fields left out."""
+
+    pieces: tuple[tuple[str, int], ...]
+    """Every piece and its type, by id."""
+    model_type: int = 1
+    byte_fallback: bool = False
+    suffix_space: bool = False
+    """Spaces are put after words instead of before them."""
+    character_map: bool = False
+    """Text is normalised by a map such as NFKC's."""
+    dummy_prefix: bool = True
+    extra_spaces_removed: bool = True
+    spaces_escaped: bool = True
+
+
+def model_facts(proto: bytes) -> ModelFacts:
+    """Reads a serialized model. Raises ValueError where it is no protobuf message."""
+    pieces: list[tuple[str, int]] = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    for field, value, _ in _fields(proto):
+        if not isinstance(value, bytes):
+            continue
+        if field == _PIECES:
+            piece = {number: content for number, content, _ in _fields(value)}
+            pieces.append((bytes(piece.get(1, b"")).decode("utf-8"), int(piece.get(3, NORMAL))))
+        elif field == _TRAINER:
+            trainer.update((number, content) for number, content, _ in _fields(value))
+        elif field == _NORMALIZER:
+            normalizer.update((number, content) for number, content, _ in _fields(value))
+    return ModelFacts(
+        pieces=tuple(pieces),
+        model_type=int(trainer.get(3, 1)),
+        byte_fallback=bool(trainer.get(35, 0)),
+        suffix_space=bool(trainer.get(24, 0)),
+        character_map=bool(normalizer.get(2, b"")),
+        dummy_prefix=bool(normalizer.get(3, 1)),
+        extra_spaces_removed=bool(normalizer.get(4, 1)),
+        spaces_escaped=bool(normalizer.get(5, 1)),
+    )
+
+
+def without_normalizer(proto: bytes) -> bytes:
+    """The same model for text that is normalised already: no prefix, no map, every space kept.
+
+    The self test is left out: it was written for the normaliser that is gone."""
+    kept = [raw for field, _, raw in _fields(proto) if field not in (_NORMALIZER, _SELF_TEST)]
+    return b"".join([*kept, bytes([_NORMALIZER << 3 | _BYTES, len(_BARE)]), _BARE])
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """The fields of a message in order: number, value, and the raw bytes of both."""
+    at = 0
+    while at < len(message):
+        begin = at
+        key, at = _varint(message, at)
+        kind = key & 7
+        value: int | bytes
+        if kind == _VARINT:
+            value, at = _varint(message, at)
+        else:
+            length = {_FIXED64: 8, _FIXED32: 4}.get(kind, 0)
+            if kind == _BYTES:
+                length, at = _varint(message, at)
+            elif not length:
+                raise ValueError(f"wire type {kind} at byte {begin}")
+            value, at = message[at : at + length], at + length
+        if at > len(message):
+            raise ValueError(f"the field at byte {begin} ends past the message")
+        yield key >> 3, value, message[begin:at]
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, lowest first, and where it ends."""
+    value = shift = 0
+    while at < len(message) and shift < 70:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+    raise ValueError(f"a number at byte {at} does not end")
