@@ -1,4 +1,5 @@
-"""Text to tokens on disk: python tools/preprocess_data.py --input F... --tokenizer T --output-prefix P"""
+"""Text to tokens on disk: python tools/preprocess_data.py --input F... --tokenizer T --output-prefix P
+On many machines: mpirun -n N python tools/preprocess_data.py (the same)"""
 
 from __future__ import annotations
 
@@ -10,58 +11,65 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.inputs import SPLITS, UNIT_BYTES  # noqa: E402
-from engine.data.preprocess import DEFAULT_SEED, Settings, preprocess  # noqa: E402
+from engine.data.preprocess import DEFAULT_SEED, Counts, Settings, preprocess  # noqa: E402
 from engine.errors import run_cli  # noqa: E402
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turn JSONL or plain text (also .gz) into P.bin, P.idx and P.json.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE")
+    parser = argparse.ArgumentParser(
+        description="Turn text into P.bin, P.idx and P.json: JSONL, JSON arrays, plain text, parquet and MediaWiki "
+        "dumps, each also as .gz, .bz2 or .zst. A run that was ended goes on where it stopped."
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="F", dest="inputs",
+                        help="files, folders, patterns")
     parser.add_argument("--tokenizer", required=True, help="a .model file, or a folder with tokenizer.model or .json")
     parser.add_argument("--output-prefix", required=True, metavar="P")
-    parser.add_argument("--json-key", default="text")
+    parser.add_argument("--json-key", default="text", help="where the text is, in JSON and parquet")
     parser.add_argument("--split-text", choices=SPLITS, default="document", help="what a document is in plain text")
     parser.add_argument("--encoding", default="utf-8", help="of text without a byte-order mark")
+    parser.add_argument("--clean", nargs="?", const="all", default="none", metavar="STEPS",
+                        help="change text: nfc,control,whitespace (all)")
+    parser.add_argument("--quality", nargs="?", const="default", default="none", metavar="RULES",
+                        help="leave out what fails a rule: default, gopher, fineweb, or names with thresholds")
+    parser.add_argument("--dedup", default="none", metavar="HOW", help="exact, near, near:BANDSxROWS or none")
+    parser.add_argument("--report", metavar="FILE", help="write what the rules left out, with samples")
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--shuffle-seed", type=int, default=DEFAULT_SEED, help=f"order of documents ({DEFAULT_SEED})")
-    order.add_argument("--no-shuffle", action="store_true", help="keep the input's order")
+    order.add_argument("--no-shuffle", action="store_const", const=None, dest="shuffle_seed",
+                       help="keep the input's order")
     parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad record")
     parser.add_argument("--workers", type=int, help="processes (one a core); the output does not depend on it")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--unit-megabytes", type=int, default=UNIT_BYTES >> 20, metavar="N",
-                        help="what a process works on at a time, and what a killed run may lose")
+                        help="what a process works on at a time, and may lose when it is killed")
     return parser.parse_args(argv)
+
+
+def _summary(prefix: str, counts: Counts, seconds: float) -> str:
+    gone = {"empty": counts.empty, "bad": counts.skipped, "duplicate": counts.duplicates, **counts.dropped}
+    pages = f"; pages that are no articles: {sum(counts.left_out.values()):,}" if counts.left_out else ""
+    left_out = ", ".join(f"{number:,} {name}" for name, number in gone.items() if number or name in ("empty", "bad"))
+    return (
+        f"{prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
+        f"{counts.text_bytes / max(counts.tokens, 1):.3f} bytes per token; left out: {left_out}{pages}; "
+        f"{seconds:.1f} s, {counts.input_bytes / 1e6 / seconds:.1f} MB/s"
+    )
 
 
 def main(argv: list[str]) -> int:
     """Parses, preprocesses, prints what came out."""
-    args = _arguments(argv)
+    args = vars(_arguments(argv))
     begun = time.monotonic()
-    counts = preprocess(
-        Settings(
-            inputs=args.input,
-            tokenizer=args.tokenizer,
-            output_prefix=args.output_prefix,
-            json_key=args.json_key,
-            split_text=args.split_text,
-            shuffle_seed=None if args.no_shuffle else args.shuffle_seed,
-            append_eod=args.append_eod,
-            on_error=args.on_error,
-            workers=args.workers,
-            overwrite=args.overwrite,
-            encoding=args.encoding,
-            unit_bytes=args.unit_megabytes << 20,
-        )
-    )
-    for fault in counts.faults:
-        print(f"skipped {fault}", file=sys.stderr)
-    seconds = time.monotonic() - begun
-    print(
-        f"{args.output_prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
-        f"{counts.text_bytes / max(counts.tokens, 1):.3f} bytes per token; {counts.empty:,} empty and "
-        f"{counts.skipped:,} bad records left out; {seconds:.1f} s, {counts.text_bytes / 1e6 / seconds:.1f} MB/s"
-    )
+    settings = Settings(unit_bytes=args.pop("unit_megabytes") << 20, **args)
+    try:
+        counts = preprocess(settings)
+    except KeyboardInterrupt:
+        return 130
+    if counts is not None:
+        for fault in counts.faults:
+            print(f"skipped {fault}", file=sys.stderr)
+        print(_summary(settings.output_prefix, counts, time.monotonic() - begun))
     return 0
 
 

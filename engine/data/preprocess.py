@@ -11,10 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.data.indexed import IndexedWriter, with_suffix
 from engine.data.inputs import Source
-from engine.data.pipeline import DEFAULT_SEED, Counts, Settings
+from engine.data.pipeline import DEFAULT_SEED, Counts, Settings, mpi
 from engine.data.pipeline.job import Job
 from engine.data.pipeline.merge import Merge
 from engine.data.pipeline.shard import ShardMaker
@@ -24,15 +25,32 @@ from engine.data.progress import Progress
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["DEFAULT_SEED", "Counts", "Settings", "preprocess"]
+__all__ = ["DEFAULT_SEED", "Counts", "Settings", "prepare", "preprocess"]
 
 _SMALL_INPUT = 2 << 20  # below this, starting processes takes longer than the work
 
 
-def preprocess(settings: Settings, say: Callable[[str], None] = print) -> Counts:
+def preprocess(settings: Settings, say: Callable[[str], None] = print) -> Counts | None:
+    """Runs `prepare` in this process and its workers, or by all ranks of an MPI launcher: then the other ranks than 0
+    give None, and a rank that fails says so and ends the job with code 2."""
+    comm = mpi.world()
+    if comm is None:
+        return prepare(settings, say)
+    with mpi.aborting(comm):
+        if comm.Get_rank() > 0:
+            mpi.follow(comm, settings.output_prefix)
+            return None
+        counts = prepare(settings, say, comm)
+        mpi.finish(comm)
+        return counts
+
+
+def prepare(settings: Settings, say: Callable[[str], None] = print, comm: Any = None) -> Counts:
     """Writes the corpus. Raises UserError, leaving no output, for bad input, a bad record (on_error "stop"), an
     output that exists, equals an input or cannot be written, or a worker that dies. What is finished stays in
     PREFIX.work, also at KeyboardInterrupt, for the next run of the same job."""
+    if settings.unit_bytes < 1:
+        raise UserError(f"a unit of {settings.unit_bytes} bytes must be at least 1")
     if settings.workers is not None and settings.workers < 1:
         raise UserError(f"workers {settings.workers} must be at least 1")
     _make_folder(settings.output_prefix)
@@ -44,7 +62,7 @@ def preprocess(settings: Settings, say: Callable[[str], None] = print) -> Counts
         _announce(settings, job, tokenizer, work, say)
         work.begin(job)
         try:
-            _make_shards(settings, job, work, tokenizer, say)
+            _make_shards(settings, job, work, tokenizer, comm)
         except (UserError, KeyboardInterrupt) as error:
             raise _with_way_on(error, work, job) from None
         return _merge(settings, job, work, tokenizer)
@@ -84,6 +102,7 @@ def _announce(settings: Settings, job: Job, tokenizer: Tokenizer, work: Work, sa
     """One line each: the inputs, the end-of-document token, what another run left."""
     units = len(job.units())
     say(f"{len(job.sources):,} input files, {job.input_bytes / 1e6:,.1f} MB, in {units:,} parts")
+    say(f"encoder: {tokenizer.describe()}")
     if not settings.append_eod:
         say("documents are NOT separated: no end-of-document token is appended (--no-append-eod)")
     elif tokenizer.eos_id is None:
@@ -100,16 +119,21 @@ def _announce(settings: Settings, job: Job, tokenizer: Tokenizer, work: Work, sa
         say(f"{work.folder} is continued: {work.count():,} of {units:,} parts are finished")
 
 
-def _make_shards(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+def _make_shards(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer, comm: Any) -> None:
     """Makes the shards that are missing."""
     units = job.units()
     sizes = [sum(span.stop - span.start for span in unit) for unit in units]
     missing = [number for number in range(len(units)) if not work.finished(number)]
     left = sum(sizes[number] for number in missing)
     workers = min(settings.workers or cores(), len(missing))
+    if comm is not None:
+        left = sum(sizes[number] for number in missing[:: comm.Get_size()])
+    maker = ShardMaker(job, work, tokenizer)
+    tokenizer.verify_sample(maker.sample())
     with Progress(left) as progress:
-        if workers <= 1 or left < _SMALL_INPUT:
-            maker = ShardMaker(job, work, tokenizer)
+        if comm is not None:
+            mpi.lead(comm, work, missing, maker, progress.add)
+        elif workers <= 1 or left < _SMALL_INPUT:
             for number in missing:
                 maker.make(number, progress.add)
         else:
@@ -128,15 +152,18 @@ def _with_way_on(error: BaseException, work: Work, job: Job) -> BaseException:
 
 
 def _merge(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer) -> Counts:
-    merge = Merge(job, work)
+    merge = Merge(job, work, settings.memory_bytes)
     counts = merge.counts()
+    if settings.report:
+        merge.report.write(settings.report)
     if counts.documents == 0:
         work.discard()
         raise UserError(
-            f"no document is left of {len(job.sources)} file(s): {counts.empty} empty, {counts.skipped} skipped"
+            f"no document is left of {len(job.sources)} file(s): {counts.empty} empty, {counts.skipped} skipped, "
+            f"{sum(counts.dropped.values())} dropped by rules, {sum(counts.left_out.values())} pages no articles"
         )
     with IndexedWriter(settings.output_prefix, tokenizer.vocab_size) as writer:
-        merge.write(writer, counts.documents, settings)
+        merge.write(writer, counts.documents, settings.shuffle_seed)
         work.place()
         writer.finish(merge.describe(settings, tokenizer, counts))
     work.discard()

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.dedup import parse_method
 from engine.data.indexed import token_dtype
 from engine.data.inputs import ReadOptions, Source, Unit, find_sources, plan
 from engine.data.inputs.meter import BLOCK_BYTES
 from engine.data.pipeline.settings import Settings
+from engine.data.pipeline.steps import parse_cleaning, parse_rules
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer
 
@@ -33,13 +35,19 @@ class Job:
     eod_id: int | None
     json_key: str
     split_text: str
+    clean: str
+    quality: str
+    dedup: str
     unit_bytes: int
     on_error: str
     sources: tuple[Source, ...]
 
     @classmethod
     def of(cls, settings: Settings, tokenizer: Tokenizer) -> Job:
-        """Raises UserError for inputs that are missing or unknown."""
+        """Raises UserError for inputs that are missing or unknown, and for settings that name nothing."""
+        for check, spec in ((parse_cleaning, settings.clean), (parse_rules, settings.quality),
+                            (parse_method, settings.dedup)):
+            check(spec)
         return cls(
             version=VERSION,
             tokenizer=os.path.abspath(settings.tokenizer),
@@ -48,6 +56,9 @@ class Job:
             eod_id=tokenizer.eos_id if settings.append_eod else None,
             json_key=settings.json_key,
             split_text=settings.split_text,
+            clean=settings.clean,
+            quality=settings.quality,
+            dedup=settings.dedup,
             unit_bytes=settings.unit_bytes,
             on_error=settings.on_error,
             sources=tuple(find_sources(settings.inputs, settings.encoding)),
@@ -57,6 +68,11 @@ class Job:
     def read_options(self) -> ReadOptions:
         """How documents are told apart."""
         return ReadOptions(json_key=self.json_key, split_text=self.split_text)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The files of a shard: token ids, i4 lengths; to find duplicates also signatures and bytes of text."""
+        return ("bin", "len") if self.dedup == "none" else ("bin", "len", "sig", "bytes")
 
     @property
     def block_bytes(self) -> int:
@@ -99,6 +115,6 @@ class Job:
             yield f"the inputs are {len(mine)} files, not the same {len(theirs)}"
         if self.tokenizer_hash != other.tokenizer_hash:
             yield "the tokenizer is another"
-        for name in ("version", "dtype", "eod_id", "json_key", "split_text", "unit_bytes"):
+        for name in ("version", "dtype", "eod_id", "json_key", "split_text", "clean", "quality", "dedup", "unit_bytes"):
             if getattr(self, name) != getattr(other, name):
                 yield f"{name} was {getattr(other, name)} and is {getattr(self, name)}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from engine.data.inputs import UNIT_BYTES
 
 DEFAULT_SEED = 1234
 NAMED_FAULTS = 20
 """Bad records that are named; the rest are counted."""
+COUNTED = ("documents", "tokens", "text_bytes", "empty", "skipped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,14 @@ class Settings:
     """Of text without a byte-order mark."""
     shuffle_seed: int | None = DEFAULT_SEED
     """None keeps the input's order."""
+    clean: str = "none"
+    """What is changed in the text: any of "nfc,control,whitespace", or "all"."""
+    quality: str = "none"
+    """The rules a document must pass to stay: "default", or what quality.Rules takes."""
+    dedup: str = "none"
+    """"exact", "near" or "near:20x5" (bands x rows): of duplicates the first stays."""
+    report: str | None = None
+    """A file for what the rules took out: JSON, and a .txt to read beside it."""
     append_eod: bool = True
     """Ends each document with the tokenizer's end-of-document token."""
     on_error: str = "stop"
@@ -38,6 +48,10 @@ class Settings:
     """What ordering the documents may take. The output does not depend on it."""
     unit_bytes: int = UNIT_BYTES
     """The input is worked on in parts of at least this size."""
+
+    DECISIVE: ClassVar = ("json_key", "split_text", "encoding", "clean", "quality", "dedup", "shuffle_seed",
+                          "append_eod", "on_error")
+    """What P.json tells: the settings that decide its bytes."""
 
 
 @dataclass
@@ -52,3 +66,20 @@ class Counts:
     faults: list[str] = field(default_factory=list)
     """The first few skipped records: file, line and reason."""
     input_bytes: int = 0
+    duplicates: int = 0
+    """Left out, an earlier one being kept."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """By the quality rule that a document failed."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Pages of dumps that are no articles, by reason."""
+
+    def content(self, deduplicated: bool) -> dict[str, Any]:
+        """For P.json; what was not asked for is not there."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in COUNTED}
+        if deduplicated:
+            found["duplicates"] = self.duplicates
+        if self.dropped:
+            found["dropped"] = self.dropped
+        if self.left_out:
+            found["pages_left_out"] = dict(sorted(self.left_out.items()))
+        return found

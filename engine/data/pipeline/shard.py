@@ -1,4 +1,4 @@
-"""One unit of the input to one shard: read, parsed, encoded and written by the same process."""
+"""One unit of the input to one shard: read, cleaned, judged, encoded and written by the same process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.inputs import Document, Fault, Source, Span, Unit, read_span
+from engine.data.dedup import parse_method
+from engine.data.inputs import Document, Fault, LeftOut, Source, Span, Unit, read_span
 from engine.data.inputs.meter import Meter, newlines_before
 from engine.data.inputs.read import open_meter
 from engine.data.pipeline.job import Job
 from engine.data.pipeline.settings import NAMED_FAULTS
-from engine.data.pipeline.work import PARTS, Shards
+from engine.data.pipeline.steps import pack, parse_cleaning, parse_rules
+from engine.data.pipeline.work import Shards
+from engine.data.quality_report import Report
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer, load_tokenizer
 
-Report = Callable[[int, int], None]
+Told = Callable[[int, int], None]
 """Told now and then: input bytes read and documents written since it was told last."""
 
 _BATCH = 1 << 18  # characters encoded at a time
@@ -36,10 +39,14 @@ class Shard:
     text_bytes: int = 0
     empty: int = 0
     skipped: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Pages of dumps that are no articles, by reason."""
     faults: list[tuple[int, int, str]] = field(default_factory=list)
     """(span, line in it, reason) of the first few."""
     spans: list[dict[str, Any]] = field(default_factory=list)
     """For each span its `blocks`, sha256 each, and its `newlines`."""
+    report: dict[str, Any] | None = None
+    """Of the quality rules; a sample's place is "span:line"."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of the shard's files."""
 
@@ -51,35 +58,38 @@ class ShardMaker:
         self.job, self.shards = job, shards
         self.tokenizer = tokenizer or load_tokenizer(job.tokenizer)
         self.units = job.units()
+        self.cleaner, self.rules, self.method = (
+            parse_cleaning(job.clean), parse_rules(job.quality), parse_method(job.dedup)
+        )  # fmt: skip
 
-    def make(self, number: int, report: Report) -> None:
+    def make(self, number: int, told: Told) -> None:
         """Writes the shard of one unit. Raises UserError at the first bad record where the job asks to stop, for a
         source that changed, and when the disk is full."""
+        drafts = {part: self.shards.draft(number, part) for part in self.job.parts}
         shard = Shard()
         try:
             with contextlib.ExitStack() as stack:
-                files = {part: stack.enter_context(open(self.shards.draft(number, part), "wb")) for part in PARTS}
-                for ids, lengths in self._batches(self.units[number], shard, report):
-                    files["bin"].write(ids.data)
-                    files["len"].write(lengths.astype("<i4").data)
+                files = {part: stack.enter_context(open(path, "wb")) for part, path in drafts.items()}
+                for arrays in self._batches(self.units[number], shard, told):
+                    for part, array in arrays.items():
+                        files[part].write(np.ascontiguousarray(array).data)
                 shard.sizes = {part: file.tell() for part, file in files.items()}
                 self.shards.publish(number, asdict(shard), files)
         except ConnectionError:
             raise  # the pipe on which we report: the run has ended
         except OSError as error:
             raise UserError(f"cannot write to {self.shards.folder}: {error.strerror or error}") from None
-        except BaseException:
-            for part in PARTS:
-                self.shards.draft(number, part).unlink(missing_ok=True)
-            raise
+        finally:
+            for path in drafts.values():
+                path.unlink(missing_ok=True)
 
-    def _batches(self, unit: Unit, shard: Shard, report: Report) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The tokens of the unit's documents one after another and each one's length, in batches."""
-        pace = _Pace(report, shard)
+    def _batches(self, unit: Unit, shard: Shard, told: Told) -> Iterator[dict[str, np.ndarray]]:
+        """What goes to each of the shard's files, a batch of documents at a time."""
+        pace, report = _Pace(told, shard), Report()
         for index, span in enumerate(unit):
             held: list[str] = []
             size = 0
-            for text in self._texts(index, span, shard, pace):
+            for text in self._texts(index, span, shard, report, pace):
                 held.append(text)
                 size += len(text)
                 if size >= _BATCH:
@@ -87,20 +97,35 @@ class ShardMaker:
                     held, size = [], 0
             if held:
                 yield self._encode(held, shard)
+        shard.report = pack(report) if self.rules else None
         pace.tell()
 
-    def _texts(self, index: int, span: Span, shard: Shard, pace: _Pace) -> Iterator[str]:
+    def _texts(self, index: int, span: Span, shard: Shard, report: Report, pace: _Pace) -> Iterator[str]:
+        """The texts of a span that are to be encoded; everything else is counted."""
         source = self.job.sources[span.source]
         with self._meter(source, span) as meter:
             for item in read_span(source, meter, self.job.read_options):
                 if isinstance(item, Document):
-                    yield item.text
+                    text = self.cleaner.clean(item.text)
+                    if not text or text.isspace():
+                        shard.empty += 1
+                    elif self._is_kept(text, f"{index}:{item.line}", report):
+                        yield text
+                elif isinstance(item, LeftOut):
+                    shard.left_out[item.reason] = shard.left_out.get(item.reason, 0) + 1
                 else:
                     self._fault(index, span, item, shard)
                 pace.at(meter.position - span.start)
             shard.spans.append({"blocks": meter.blocks, "newlines": meter.newlines})
         source.check_unchanged()
         pace.end(span.stop - span.start)
+
+    def _is_kept(self, text: str, where: str, report: Report) -> bool:
+        if self.rules is None:
+            return True
+        reason = self.rules.judge(text)
+        report.add(text, reason, where)
+        return reason is None
 
     def _meter(self, source: Source, span: Span) -> Meter:
         try:
@@ -112,52 +137,54 @@ class ShardMaker:
         if self.job.on_error == "stop":
             source = self.job.sources[span.source]
             source.check_unchanged()
-            before = 0 if source.kind == "parquet" else newlines_before(source.path, span.start)
+            before = newlines_before(source.path, span.start) if source.has_lines else 0
             raise UserError(
-                f"{source.path}:{before + fault.line}: {fault.message}; nothing is written "
+                f"{place(source, before + fault.line)}: {fault.message}; nothing is written "
                 "(--on-error skip leaves such records out and counts them)"
             )
         shard.skipped += 1
         if len(shard.faults) < NAMED_FAULTS:
             shard.faults.append((index, fault.line, fault.message))
 
-    def _encode(self, texts: list[str], shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-        kept = [text for text in texts if text and not text.isspace()]
-        ids, lengths = encode(self.tokenizer, kept, self.job.eod_id, self.job.dtype)
-        shard.documents += len(lengths)
-        shard.empty += len(texts) - len(lengths)
+    def _encode(self, texts: list[str], shard: Shard) -> dict[str, np.ndarray]:
+        """Raises UserError for ids outside the vocabulary only when they are merged: the writer looks at each."""
+        ids, lengths = self.tokenizer.encode_documents(texts, self.job.eod_id)
+        full = lengths > 0  # a text may give no token
+        sizes = np.array([len(text.encode("utf-8")) for text in texts], np.int64)
+        shard.documents += int(full.sum())
+        shard.empty += int((~full).sum())
         shard.tokens += len(ids)
-        shard.text_bytes += sum(len(text.encode("utf-8")) for text in kept)
-        return ids, lengths
+        shard.text_bytes += int(sizes[full].sum())
+        arrays = {"bin": ids.astype(self.job.dtype, copy=False), "len": lengths[full].astype("<i4")}
+        if self.method is not None:
+            arrays["sig"] = self.method.signatures(texts)[full].astype("<u8", copy=False)
+            arrays["bytes"] = sizes[full].astype("<i4")
+        return arrays
 
     def sample(self, units: int = 4, documents: int = 8) -> list[str]:
-        """The first documents of a few units, spread over the input: the same ones in every run."""
+        """The first documents of a few units, spread over the input, as they would be encoded: the same in every run.
+        None of a unit that cannot be read: making its shard will say why."""
         texts: list[str] = []
-        chosen = sorted({n * len(self.units) // units for n in range(units)})
-        for number in chosen if self.units else ():
+        for number in sorted({n * len(self.units) // units for n in range(units)}) if self.units else ():
             span = self.units[number][0]
             source = self.job.sources[span.source]
             with self._meter(source, span) as meter:
                 items = read_span(source, meter, self.job.read_options)
-                found = (item.text for item in items if isinstance(item, Document) and item.text.strip())
+                found = (self.cleaner.clean(item.text)[:_BATCH] for item in items if isinstance(item, Document))
                 texts += itertools.islice(found, documents)
         return texts
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], eod: int | None, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of documents one after another, each ended by eod unless None, and their lengths; those that give no
-    token are left out."""
-    end = [] if eod is None else [eod]
-    ids = [np.array(tokens + end, dtype) for text in texts if (tokens := tokenizer.encode(text))]
-    flat = np.concatenate(ids) if ids else np.empty(0, dtype)
-    return flat, np.array([len(document) for document in ids], np.int64)
+def place(source: Source, line: int) -> str:
+    """Where in the input something is: file and line, or the file where it has no lines."""
+    return f"{source.path}:{line}" if line else source.path
 
 
 class _Pace:
     """Passes on how far a unit is, not more often than is of use."""
 
-    def __init__(self, report: Report, shard: Shard) -> None:
-        self._report, self._shard = report, shard
+    def __init__(self, told: Told, shard: Shard) -> None:
+        self._tell, self._shard = told, shard
         self._ended = self._at = self._told_bytes = self._told_documents = 0
         self._when = time.monotonic()
 
@@ -174,6 +201,6 @@ class _Pace:
     def tell(self) -> None:
         """Reports what is new."""
         self._when = time.monotonic()
-        done = self._ended + max(self._at, 0)
-        self._report(max(done - self._told_bytes, 0), self._shard.documents - self._told_documents)
-        self._told_bytes, self._told_documents = max(done, self._told_bytes), self._shard.documents
+        done = max(self._ended + self._at, self._told_bytes)
+        self._tell(done - self._told_bytes, self._shard.documents - self._told_documents)
+        self._told_bytes, self._told_documents = done, self._shard.documents

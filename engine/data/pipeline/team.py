@@ -11,21 +11,20 @@ import contextlib
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from engine.data.pipeline.job import Job
-from engine.data.pipeline.shard import Report, ShardMaker
+from engine.data.pipeline.shard import ShardMaker, Told
 from engine.data.pipeline.work import Shards
 from engine.errors import UserError
 
 
-def run_team(shards: Shards, units: Iterable[int], workers: int, report: Report,
-             started: Callable[[list[SpawnProcess]], None] = lambda team: None) -> None:
-    """Makes the shards of units by that many processes. started: called once with them.
+def run_team(shards: Shards, units: Iterable[int], workers: int, told: Told) -> None:
+    """Makes the shards of units by that many processes.
 
     Raises UserError for a bad record and for a worker that dies."""
     context = multiprocessing.get_context("spawn")
@@ -37,8 +36,7 @@ def run_team(shards: Shards, units: Iterable[int], workers: int, report: Report,
             process.start()
             theirs.close()  # the worker holds the only copy now
             team[ours] = process
-        started(list(team.values()))
-        _lead(list(team), iter(units), report)
+        _lead(list(team), iter(units), told)
     except (EOFError, OSError):
         raise UserError(
             f"one of the {workers} worker processes died (killed, or out of memory); try again with fewer --workers"
@@ -50,7 +48,7 @@ def run_team(shards: Shards, units: Iterable[int], workers: int, report: Report,
             process.join()
 
 
-def _lead(idle: list[Connection], units: Iterator[int], report: Report) -> None:
+def _lead(idle: list[Connection], units: Iterator[int], told: Told) -> None:
     """Keeps every worker at work until all units are done. Raises EOFError or OSError where one has died."""
     busy: set[Connection] = set()
     more = True
@@ -73,7 +71,7 @@ def _lead(idle: list[Connection], units: Iterator[int], report: Report) -> None:
             elif kind == "crash":
                 raise RuntimeError(f"a worker process failed:\n{rest[0]}")
             else:
-                report(*rest)
+                told(*rest)
 
 
 def _serve(pipe: Connection, folder: Path, token: str) -> None:

@@ -1,7 +1,7 @@
 """The work folder PREFIX.work: finished shards, kept until the corpus is in place, so that a killed run goes on.
 
-A shard is NNNNNNN.bin (token ids), NNNNNNN.len (i4, tokens of each document) and NNNNNNN.json, put in place last: where
-the JSON is, the shard is whole. Each run draws a token and leaves it in the folder; a process that outlives its run
+A shard is the files of Job.parts, as NNNNNNN.bin, and NNNNNNN.json, put in place last: where the JSON is, the shard is
+whole. Each run draws a token and leaves it in the folder; a process that outlives its run
 finds another there and throws its shard away.
 """
 
@@ -20,8 +20,6 @@ from typing import IO, Any
 from engine.data.indexed import claim, sync, sync_folder, with_suffix
 from engine.data.pipeline.job import Job
 from engine.errors import UserError
-
-PARTS = ("bin", "len")
 
 
 class Shards:
