@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.config import RunConfig
 from engine.data.chat import CHATML_TEMPLATE, ChatBatches
+from engine.data.fingerprint import Fingerprint, of_file
 from engine.errors import UserError
 from engine.mesh import Mesh
 from engine.train.entry import enter
@@ -31,8 +32,8 @@ def main(argv: Sequence[str], recipe: Sequence[str] = ()) -> int:
     return enter("engine.finetune", argv, recipe, DEFAULTS, check_data, make_feed)
 
 
-def check_data(config: RunConfig) -> None:
-    """Raises UserError unless there is a model to tune and rows to tune it on."""
+def check_data(config: RunConfig) -> Fingerprint:
+    """What the run tunes on. Raises UserError unless there is a model to tune and rows to tune it on."""
     if not config.save.load and not config.save.resume:
         raise UserError("tuning starts from a trained model: give its folder (a run, a step or a Hugging Face folder) "
                         "with --load")
@@ -41,6 +42,7 @@ def check_data(config: RunConfig) -> None:
     for flag, path in (("data", config.data.data), ("valid-data", config.data.valid_data)):
         if path and not Path(path).is_file():
             raise UserError(f"--{flag} {path} is not a file")
+    return of_file(config.data.data)
 
 
 def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:

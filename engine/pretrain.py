@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.config import RunConfig
 from engine.data import open_samples
 from engine.data.batches import PretrainBatches, read
+from engine.data.fingerprint import Fingerprint, of_corpora
 from engine.data.samples import Samples
 from engine.errors import UserError
 from engine.mesh import Mesh
@@ -22,8 +23,8 @@ def main(argv: Sequence[str], recipe: Sequence[str] = ()) -> int:
     return enter("engine.pretrain", argv, recipe, {}, check_data, make_feed)
 
 
-def check_data(config: RunConfig) -> None:
-    """Raises UserError unless the datasets open and hold at least one sample."""
+def check_data(config: RunConfig) -> Fingerprint:
+    """What the run trains on. Raises UserError unless the datasets open and hold at least one sample."""
     data = config.data.data
     if not data:
         raise UserError("--data is needed: the prefix of a dataset that tools/preprocess_data.py has written; "
@@ -33,6 +34,7 @@ def check_data(config: RunConfig) -> None:
                         "makes the demo corpus")
     _open(config, "train")
     _open(config, "valid")
+    return of_corpora(data)
 
 
 def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:

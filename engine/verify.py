@@ -99,7 +99,7 @@ def _job(argv: Sequence[str], place: Place) -> Job:
     dtype = str(given.get("dtype", defaults["dtype"]))
     if dtype not in BOUNDS:
         raise UserError(f"--dtype {dtype}: layouts are compared in {' or '.join(BOUNDS)}")
-    return prepare(flags, (), defaults, place, switches, lambda config: None)
+    return prepare(flags, (), defaults, place, switches, lambda config: ())
 
 
 def alone(config: RunConfig) -> RunConfig:

@@ -116,6 +116,8 @@ class DataConfig:
     """Dataset prefix, or a blend P1:0.7,P2:0.3; for tuning, a file of chat rows (jsonl, json)."""
     valid_data: str = ""
     """Held-back data of the same kind."""
+    new_data: bool = False
+    """With --resume: go on with other data than the run was trained on, which is an error otherwise."""
     split: float = 0.0
     """Share of --data's documents (the last ones) held back for evaluation when --valid-data is not given."""
     mask_documents: bool = False

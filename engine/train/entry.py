@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.config import RunConfig, describe
+from engine.data.fingerprint import Fingerprint
 from engine.train.job import prepare, take_switches
 from engine.train.launch import place_from_environment, run_rank, tune_allocator
 from engine.train.run import MakeFeed, run
 
 
 def enter(module: str, argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, Any],
-          check_data: Callable[[RunConfig], None], make_feed: MakeFeed) -> int:
+          check_data: Callable[[RunConfig], Fingerprint], make_feed: MakeFeed) -> int:
     """Runs one rank of an entry point and returns its exit code: 0, 1 for a crash, 2 for bad input."""
 
     tune_allocator()

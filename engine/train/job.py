@@ -14,6 +14,7 @@ import torch
 from engine.checkpoint import Resolved, latest_step, open_checkpoint, resolve
 from engine.config import Layout, ModelConfig, RunConfig, check
 from engine.config.flags import build, from_dict, parse_values, to_dict
+from engine.data.fingerprint import Fingerprint, difference
 from engine.errors import UserError
 from engine.hf import read_config
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
@@ -24,7 +25,7 @@ from engine.train.launch import Place, choose_device
 from engine.train.lock import check_lock
 
 Values = dict[str, Any]
-ONE_RUN = ("stop_after", "resume", "out")
+ONE_RUN = ("stop_after", "resume", "out", "new_data")
 """What was asked of the run that wrote a checkpoint, and not of the one that resumes it."""
 
 
@@ -51,6 +52,7 @@ class Job:
     kernels: Kernels
     weights: Resolved | None = None
     resume: Path | None = None
+    data: Fingerprint = ()
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -76,10 +78,10 @@ def take_switches(argv: Sequence[str]) -> tuple[Switches, list[str]]:
 
 
 def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, Any], place: Place,
-            switches: Switches, check_data: Callable[[RunConfig], None]) -> Job:
+            switches: Switches, check_data: Callable[[RunConfig], Fingerprint]) -> Job:
     """The job of `argv`, over the flags of a recipe, over an entry point's defaults. Raises UserError for anything that
-    is wrong; `check_data` looks at the data once the rest is known to be sound. Memory comes before tokenizer and data:
-    whoever tries the 7B recipe on a laptop learns first that it does not fit."""
+    is wrong; `check_data` looks at the data once the rest is known to be sound, and says what they are. Memory comes
+    before tokenizer and data: whoever tries the 7B recipe on a laptop learns first that it does not fit."""
     values, weights, resume = _sources({**defaults, **parse_values(recipe)}, parse_values(argv))
     base = _base_model(values, weights, resume)
     tokenizer, missing = _try_tokenizer(values, weights, resume)
@@ -99,12 +101,15 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
     plan = estimate(config, layout, dtype, kernels=kernels)
+    data: Fingerprint = ()
     if not switches.dry_run:
         _require_memory(plan, device, world if switches.world_size else place.local_world)
         if missing is not None:
             raise missing
-        check_data(config)
-    return Job(config, layout, device, dtype, tokenizer, plan, kernels, weights, resume, notes)
+        data = check_data(config)
+        if resume is not None and not config.data.new_data:
+            _same_data(data, resume)
+    return Job(config, layout, device, dtype, tokenizer, plan, kernels, weights, resume, data, notes)
 
 
 def _device_and_dtype(config: RunConfig, place: Place, switches: Switches) -> tuple[torch.device, torch.dtype]:
@@ -166,6 +171,15 @@ def _same_model(model: ModelConfig, base: ModelConfig, source: Resolved) -> None
         name = differ[0]
         raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)} contradicts {source.folder}, whose model "
                         f"has {getattr(base, name)}; leave the flag out")
+
+
+def _same_data(data: Fingerprint, resume: Path) -> None:
+    """Sample k of another corpus is another sample: who resumes on one shall mean it."""
+    then = open_checkpoint(resume).meta.get("data")
+    differs = difference(then, data) if then is not None else None  # checkpoints once told nothing
+    if differs is not None:
+        raise UserError(f"{resume} goes on with other data: {differs}; give --data as it was, or --new-data to go on "
+                        "with these")
 
 
 def _try_tokenizer(values: Values, weights: Resolved | None,

@@ -185,7 +185,7 @@ class _Session:
         start = time.perf_counter()
         meta = {"samples": self.origin + engine.step * job.config.batch.global_batch, "config": to_dict(job.config),
                 "world": vars(job.layout), "optimizer_steps": engine.optimizer.steps,
-                "tokenizer": job.tokenizer.hash if job.tokenizer else None}
+                "tokenizer": job.tokenizer.hash if job.tokenizer else None, "data": list(job.data)}
         folder = save_checkpoint(
             self.out / "checkpoints", engine.step, engine.optimizer.entries(), rank=self.place.rank,
             world=self.place.world, barrier=self._barrier, meta=meta,

@@ -66,3 +66,30 @@ def test_the_data_ranks_of_a_step_read_its_samples_once(data: list[str], dp: int
     parts = [PretrainBatches(samples, 8, rank, dp).step(9) for rank in range(dp)]
     assert (whole.tokens == runs.np.concatenate([part.tokens for part in parts])).all()
     assert (whole.labels == runs.np.concatenate([part.labels for part in parts])).all()
+
+
+def test_other_data_than_the_run_was_trained_on_must_be_meant(folder: Path, data: list[str]) -> None:
+    out, other = folder / "other", runs.write_corpus(folder / "other-corpus", tokens=3000)
+    assert runs.pretrain(*runs.MODEL, "--steps", "2", *data, "--out", out).returncode == 0
+    refused = runs.pretrain("--out", out, "--resume", "--steps", "4", *other)
+    assert refused.returncode == runs.BAD_INPUT
+    assert refused.stderr.count("\n") == 1 and f"it was trained on {data[1]} with documents 40" in refused.stderr
+    assert f"{other[1]} has documents 60; give --data as it was, or --new-data" in refused.stderr
+    meant = runs.pretrain("--out", out, "--resume", "--steps", "4", *other, "--new-data")
+    assert meant.returncode == 0, meant.stderr
+    assert runs.pretrain("--out", out, "--resume", "--steps", "5").returncode == 0, "it is this run's data from now on"
+    back = runs.pretrain("--out", out, "--resume", "--steps", "6", *data)
+    assert back.returncode == runs.BAD_INPUT and "--new-data" in back.stderr, "said once, it holds once"
+
+
+def test_a_corpus_that_changes_under_a_run_stops_it(folder: Path) -> None:
+    flags = runs.write_corpus(folder / "changing")
+    run = runs.start_ranks(folder / "changed", [*runs.MODEL, "--steps", "100000", *flags], world=1)
+    try:
+        run.wait_for_step(2)
+        with open(f"{flags[1]}.bin", "ab") as file:
+            file.write(b"more")
+        assert run.codes() == [runs.BAD_INPUT]
+    finally:
+        run.kill()
+    assert f"error: {flags[1]}.bin has changed since it was opened: it had 4000 bytes and has 4004 now" in run.said()

@@ -1,0 +1,65 @@
+"""What a run was trained on, in a few numbers: read at once from data of any size, kept with every checkpoint."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.data.blend import parse_spec
+from engine.data.indexed import IndexedDataset, with_suffix
+
+Fingerprint = Sequence[Mapping[str, Any]]
+"""For each corpus or file, where it lay ("path") and what it was."""
+
+_ENDS = 1 << 16  # bytes looked at from either end of a file
+
+
+def of_corpora(spec: str) -> list[dict[str, Any]]:
+    """The corpora of "PREFIX" or a blend: shares, counts, and checksums of the ends of their files. P.json, where there
+    is one, speaks for what lies between: it has the inputs' checksums. Raises UserError when one does not open."""
+    found = []
+    named = parse_spec(spec)
+    whole = sum(weight for _, weight in named)
+    for prefix, weight in named:
+        corpus = IndexedDataset(prefix)
+        info = with_suffix(prefix, ".json")
+        found.append({"path": prefix, "share": str(weight / whole), "documents": corpus.documents,
+                      "tokens": len(corpus.tokens), "dtype": corpus.dtype.name,
+                      "bin_crc32": _crc_of_ends(corpus.bin_path), "idx_crc32": _crc_of_ends(corpus.idx_path),
+                      "json_crc32": zlib.crc32(info.read_bytes()) if info.is_file() else None})
+    return found
+
+
+def of_file(path: str) -> list[dict[str, Any]]:
+    """A file of rows."""
+    return [{"path": path, "bytes": os.path.getsize(path), "crc32": _crc_of_ends(Path(path))}]
+
+
+def difference(then: Any, now: Fingerprint) -> str | None:
+    """What is different in what a run reads now, in words; None when nothing is. Another path is no difference, nor is
+    what only one of them tells. `then` may be anything, as it comes from a file."""
+    if not isinstance(then, list) or not all(isinstance(one, dict) for one in then):
+        return f"what it was trained on is told as {str(then)[:80]}, which is no list of corpora"
+    if len(then) != len(now):
+        return f"it was trained on {_paths(then)}, not on {_paths(now)}"
+    for old, new in zip(then, now, strict=True):
+        for name, value in new.items():
+            if name != "path" and None not in (value, old.get(name)) and value != old[name]:
+                return (f"it was trained on {_paths([old])} with {name} {str(old[name])[:40]}, and {new['path']} has "
+                        f"{name} {value}")
+    return None
+
+
+def _paths(found: Fingerprint) -> str:
+    return " and ".join(str(one.get("path"))[:200] for one in found[:8])
+
+
+def _crc_of_ends(path: Path) -> int:
+    """The checksum of a file's first and last 64 KiB."""
+    with open(path, "rb") as file:
+        crc = zlib.crc32(file.read(_ENDS))
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _ENDS))
+        return zlib.crc32(file.read(_ENDS), crc)
