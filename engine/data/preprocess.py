@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.data.indexed import IndexedWriter, with_suffix
 from engine.data.inputs import Source
+from engine.data.inputs.source import UNFINISHED
 from engine.data.pipeline import DEFAULT_SEED, Counts, Settings, mpi
 from engine.data.pipeline.job import Job
 from engine.data.pipeline.merge import Merge
@@ -83,7 +84,7 @@ def _outputs(prefix: str) -> list[Path]:
 
 def _check_paths(prefix: str, sources: Sequence[Source]) -> None:
     taken = [path.resolve() for path in _outputs(prefix)]
-    folders = [with_suffix(prefix, suffix).resolve() for suffix in (".work", ".partial")]
+    folders = [with_suffix(prefix, suffix).resolve() for suffix in UNFINISHED]
     for source in sources:
         path = Path(source.path).resolve()
         if path in taken or any(folder in path.parents for folder in folders):
@@ -152,6 +153,17 @@ def _with_way_on(error: BaseException, work: Work, job: Job) -> BaseException:
 
 
 def _merge(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer) -> Counts:
+    """Puts the corpus in place. Raises UserError when nothing is left of the input, and when the disk is full."""
+    try:
+        return _put_in_place(settings, job, work, tokenizer)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {settings.output_prefix}: {error.strerror or error}; the same command goes on from "
+            f"{work.folder} when that is mended"
+        ) from None
+
+
+def _put_in_place(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer) -> Counts:
     merge = Merge(job, work, settings.memory_bytes)
     counts = merge.counts()
     if settings.report:

@@ -1,4 +1,4 @@
-"""What the tests of the preparation share: a vocabulary, and a way to run it on files they write."""
+"""What the tests of the preparation share: a vocabulary, and files of documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 
 from engine.tokenizer.train import train
 
-Prepare = Callable[..., object]
 TEXTS = [f"document {n}: " + "the cat sat on the mat. " * (n % 7 + 1) for n in range(500)]
 
 

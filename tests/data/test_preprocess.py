@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from engine.data import preprocess as room
 from engine.data.indexed import IndexedDataset
@@ -27,17 +28,9 @@ from engine.data.preprocess import Counts, Settings, preprocess
 from engine.data.progress import Progress
 from engine.errors import UserError
 from engine.tokenizer import load_tokenizer
-from engine.tokenizer.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"document {n}: " + "the cat sat on the mat. " * (n % 7 + 1) for n in range(500)]
-
-
-@pytest.fixture(scope="session")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("vocabulary")
-    train(lambda: TEXTS, folder, vocab_size=310)
-    return str(folder)
 
 
 def jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
@@ -72,6 +65,30 @@ def test_without_shuffle_the_bytes_are_those_megatron_writes(vocabulary: str, tm
     idx += struct.pack(f"<{len(sizes) + 1}q", *range(len(sizes) + 1))
     assert (tmp_path / "c.bin").read_bytes() == np.concatenate(documents).astype("<u2").tobytes()
     assert (tmp_path / "c.idx").read_bytes() == idx
+
+
+def test_real_text_gives_the_bytes_of_a_document_after_the_other(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """English and Chinese through the real Llama-2 vocabulary, as Megatron-LM's tool does it; and all kinds at once."""
+    monkeypatch.setattr(room, "_SMALL_INPUT", 0)
+    model = str(shared_data / "tokenizer" / "llama2.model")
+    inputs = [shared_data / "text" / name for name in ("c4_demo.jsonl", "zhwiki_articles_a.jsonl")]
+    run(model, tmp_path / "c", *inputs, shuffle_seed=None, workers=2, unit_bytes=100_000)
+    reference = sentencepiece.SentencePieceProcessor(model_file=model)
+    texts = [json.loads(line)["text"] for path in inputs for line in path.read_text().splitlines()]
+    expected = [np.array([*reference.Encode(text), 2], "<u2") for text in texts]
+    assert (tmp_path / "c.bin").read_bytes() == np.concatenate(expected).tobytes()
+    assert IndexedDataset(tmp_path / "c").sizes.tolist() == [len(ids) for ids in expected]
+    run(model, tmp_path / "poems", shared_data / "text" / "poet.song.0.json", json_key="strains")
+    counts = [
+        run(model, tmp_path / f"all{workers}", *inputs, shared_data / "wiki", workers=workers, unit_bytes=300_000,
+            dedup="near", quality="default", clean="all")
+        for workers in (1, 2)
+    ]  # fmt: skip
+    assert counts[0] == counts[1] and counts[0].documents > 300 and counts[0].left_out["redirect"] > 90
+    for suffix in (".bin", ".idx", ".json"):
+        assert Path(f"{tmp_path}/all1{suffix}").read_bytes() == Path(f"{tmp_path}/all2{suffix}").read_bytes()
 
 
 def test_any_number_of_workers_gives_the_same_bytes(

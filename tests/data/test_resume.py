@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -266,17 +267,37 @@ def test_control_c_leaves_the_work_and_says_how_to_go_on(vocabulary: str, tmp_pa
     assert left(tmp_path, "c.") == {"c.work"}
 
 
-def test_a_full_disk_is_one_line_and_the_work_goes_on_later(
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("limit", "message"), [(3_000, "cannot write to .*c.work: File too large"),
+                                                (15_000, "cannot write .*/c: File too large; the same command")])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    vocabulary: str, tmp_path: Path, jsonl: Write, limit: int, message: str
+) -> None:
+    """No file may be larger than the limit: it stops the first shard, or the corpus after all shards."""
+    source = jsonl("in.jsonl", TEXTS * 2)
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(UserError, match=message):
+            run(vocabulary, tmp_path / "c", source, unit_bytes=10_000)
+
+    assert in_child(limited) == 0
+    assert left(tmp_path, "c.") == ({"c.work"} if limit == 15_000 else set())
+    run(vocabulary, tmp_path / "c", source, unit_bytes=10_000)
+    run(vocabulary, tmp_path / "whole", source, unit_bytes=10_000)
+    assert content(tmp_path / "c") == content(tmp_path / "whole")
+
+
+def test_output_beside_its_input_goes_on_too(
     vocabulary: str, tmp_path: Path, jsonl: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: shard.ShardMaker, *args: Any) -> NoReturn:
-        raise OSError(28, "No space left on device")
-
+    """A folder as input does not take its own unfinished work for more input."""
+    jsonl("data/in.jsonl", TEXTS)
     with monkeypatch.context() as patch:
-        patch.setattr(shard.Shards, "publish", full)
-        with pytest.raises(UserError, match="cannot write to .*c.work: No space left on device"):
-            run(vocabulary, tmp_path / "c", jsonl("in.jsonl", TEXTS))
-    assert not left(tmp_path, "c.")
+        stop_after(patch, 1, UserError("stopped"))
+        with pytest.raises(UserError, match="1 of 2 parts"):
+            run(vocabulary, tmp_path / "data" / "c", tmp_path / "data")
+    assert run(vocabulary, tmp_path / "data" / "c", tmp_path / "data").documents == 300
 
 
 def test_memory_does_not_grow_with_the_corpus(vocabulary: str, tmp_path: Path, jsonl: Write) -> None:

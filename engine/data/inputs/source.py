@@ -14,6 +14,8 @@ from engine.data.inputs.unpack import COMPRESSIONS, open_stream
 from engine.data.wiki import is_dump
 from engine.errors import UserError, nearest
 
+UNFINISHED = (".work", ".partial")
+"""Endings of the folders that runs of the preparation leave beside their output while they last."""
 SPLITS = ("document", "line", "blank")
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "text", ".text": "text", ".md": "text",
@@ -110,8 +112,8 @@ def _expand(given: str) -> Iterable[str]:
 
 
 def _wanted(path: Path, folder: Path) -> bool:
-    """Whether a file below a folder is input: not hidden, and of a known kind (others lie there for other uses)."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    """Whether a file below a folder is input: of a known kind, not hidden, and no run's unfinished work."""
+    hidden = any(part.startswith(".") or part.endswith(UNFINISHED) for part in path.relative_to(folder).parts)
     return not hidden and path.is_file() and _kind(path.name)[0] is not None
 
 
