@@ -12,15 +12,14 @@ from engine.errors import UserError
 from engine.tokenizer.base import Encoder, Tokenizer, check_encodable, token_dtype
 from engine.tokenizer.bpe import ByteVocabulary, read_gpt2, read_tiktoken
 from engine.tokenizer.folder import CONFIG, added_tokens, check_distinct, hash_of, named_tokens, read_object
-from engine.tokenizer.patterns import CL100K, GPT2, KNOWN, O200K, QWEN2, PatternEncoder, changed_by_cuts
+from engine.tokenizer.patterns import CL100K, GPT2, KNOWN, O200K, QWEN2, R50K, PatternEncoder, changed_by_cuts
 from engine.tokenizer.safe_pairs import SafeBytePairs
 
 END = "<|endoftext|>"
 _FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 _TIKTOKENS: Mapping[str, tuple[str, dict[str, int]]] = {
-    "r50k_base": (GPT2, {END: 50256}),
-    "p50k_base": (GPT2, {END: 50256}),
-    "p50k_edit": (GPT2, {END: 50256} | {name: 50281 + place for place, name in enumerate(_FIM)}),
+    "r50k_base": (R50K, {END: 50256}),
+    "p50k_base": (R50K, {END: 50256}),
     "cl100k_base": (
         CL100K,
         {END: 100257} | {name: 100258 + place for place, name in enumerate(_FIM)} | {"<|endofprompt|>": 100276},
@@ -123,7 +122,7 @@ def load_gpt2(vocab: Path, merges: Path, files: dict[str, Path]) -> ByteLevelTok
 
 
 def load_tiktoken(path: Path, files: dict[str, Path]) -> ByteLevelTokenizer:
-    """Reads a rank file. Its pattern is GPT-4's (cl100k) unless the file has the name of another of OpenAI's, or
+    """Reads a rank file. Its pattern is GPT-4's (CL100K) unless the file has the name of another of OpenAI's, or
     tokenizer_config.json beside it gives one as "pat_str"; special tokens and their roles come from there too."""
     folder = path.parent
     config = read_object(folder / CONFIG)
@@ -142,7 +141,7 @@ def _text(pattern: object, folder: Path) -> str:
 
 def _compiled(pattern: str) -> Callable[[str], list[str]]:
     try:
-        found = regex.compile(KNOWN.get(pattern, pattern))
+        found = regex.compile(pattern)
     except regex.error as error:
         raise UserError(f"the pre-tokenizer's pattern {pattern[:80]!r} cannot be read: {error}") from None
     if found.groups:

@@ -15,24 +15,28 @@ from engine.tokenizer.fine import FineEncoder
 from engine.tokenizer.memo import Ids, Memo, at_first_spaces, spaced, windows
 from engine.tokenizer.safe_pairs import CODE_POINTS, SafePairs
 
-_TAIL = r"|\s+(?!\S)|\s+"
+_SPACES = r"|\s+(?!\S)|\s+"
 _CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + _TAIL
-CL100K = _ENDING + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+" + _TAIL
-QWEN2 = CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + _SPACES
+R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
+    r"\s+(?!\S)|\s"
+)
+LLAMA3 = _ENDING + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+" + _SPACES
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_ENDING}?|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_ENDING}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+" + _TAIL
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+" + _SPACES
 )
-_TIKTOKEN = {
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2,
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
-    r"\s+(?!\S)|\s": CL100K,
-}  # other ways of writing the same, as tiktoken's own source has them
-KNOWN = {pattern: pattern for pattern in (GPT2, CL100K, QWEN2, O200K)} | _TIKTOKEN
-"""Patterns whose pieces are known never to go on from something else into a space, so that text may be cut there."""
+KNOWN = frozenset((GPT2, R50K, CL100K, LLAMA3, QWEN2, O200K))
+"""Patterns whose pieces are known never to go on from something else into a space, so that text may be cut there.
+
+They are those of openai/gpt-2 and openai/tiktoken (R50K splits as GPT2 does; CL100K is GPT-4's as tiktoken has it
+today, which keeps all whitespace at a text's end together; LLAMA3 is its earlier form), and of Qwen's tokenizer.json.
+"""
 
 _GLUE = "\0"
 _BREAK = regex.compile(r"(?<=[\p{L}\p{N}])\s(?=\S)")  # no piece goes on from a letter or digit into whitespace
@@ -54,7 +58,7 @@ class PatternEncoder:
         normalize: Callable[[str], str] | None = None,
     ) -> None:
         """pattern: one of KNOWN. pairs: where a piece may be cut further. encode: pieces or their parts to ids."""
-        split = regex.compile(KNOWN[pattern]).findall
+        split = regex.compile(pattern).findall
         self._normalize = normalize
         self._fine = FineEncoder(pairs, encode, dtype, pieces=split, windows=lambda text: windows(text, _BREAK))
         self._starts = Memo(lambda keys: self._fine.encode([key.replace(_GLUE, " ") for key in keys]))

@@ -1,5 +1,6 @@
 """Texts for the tokenizer tests: a small corpus to train on, cases that break encoders, and the shared real files."""
 
+# ruff: noqa: E501  (texts as they are, not broken over lines)
 from __future__ import annotations
 
 import csv
@@ -12,14 +13,17 @@ WORDS = (
     "数学 是 研究 数量 结构 变化 空间 的 学科 语言 我们 你们 他们 中国 北京 мир привет שלום مرحبا"
 ).split()
 CASES = [
-    "", " ", "  ", "   ", "a", " a", "a ", "  a", "a  ", " a  b   c ", "\n", "\n\n\n", " \n", "\n ", " \n \n", "\t\t x",
-    "\r\nCRLF\r\n  CR\r x", "x\n  y\n\n    z", "def f(x):\n    return x + 1\n\n\n        # deep\n", "1234567890 3.14 12,345",
-    "\u2581", "\u2581\u2581", " \u2581", "\u2581 ", "a\u2581b", "a \u2581b", "a\u2581 b", "\u2581already \u2581\u2581marked\u2581",
-    "e\u0301 \u00e9 ﬁ ｆｕｌｌ \u3000wide\u3000 x", "a\u00a0b \u00a0c\u2003 d \u2028 e", "\0nul \0", "\x01\x02 \x0b \x0c\x1c \x1f x\x7f",
-    "🙂👩\u200d👩\u200d👧\u200d👦🇩🇪 ✊🏽 done", "שלום עולם", "مَرْحَبًا", "rare \u4dff \U00020000 \ufffd \ufeff x", "ааааа aaaaaaaaaaaaaaaaa !!!!!!!",
-    "-" * 50 + "=" * 33, "<s>", "</s> x</s>y", "<unk> @-@ <unk>", "<|endoftext|>", "a<|im_start|>user\n<|im_end|>", "<pad>",
-    "<0x41> <0x0A>", "<think>hm</think> <tool_call>", "don't DON'T it's 'S 'ſ", "数学是利用符号语言研究数量、结构、变化以及空间等概念的一门学科。",
-    "混合 mixed 文字 text，ｗｉｔｈ　both。", "x" * 300, "数" * 300, " " * 300, "\n" * 300, "ab " * 200, "a  b" * 100,
+    "", " ", "  ", "   ", "a", " a", "a ", "  a", "a  ", " a  b   c ", "\n", "\n\n\n", " \n", "\n ", " \n \n",
+    "\t\t x", "\r\nCRLF\r\n  CR\r x", "x\n  y\n\n    z", "def f(x):\n    return x + 1\n\n\n        # deep\n",
+    "1234567890 3.14 12,345", "\u2581", "\u2581\u2581", " \u2581", "\u2581 ", "a\u2581b", "a \u2581b", "a\u2581 b",
+    "\u2581already \u2581\u2581marked\u2581", "e\u0301 \u00e9 ﬁ ｆｕｌｌ \u3000wide\u3000 x",
+    "a\u00a0b \u00a0c\u2003 d \u2028 e",
+    "\0nul \0", "\x01\x02 \x0b \x0c\x1c \x1f x\x7f", "🙂👩\u200d👩\u200d👧\u200d👦🇩🇪 ✊🏽 done", "שלום עולם", "مَرْحَبًا",
+    "rare \u4dff \U00020000 \ufffd \ufeff x", "ааааа aaaaaaaaaaaaaaaaa !!!!!!!", "-" * 50 + "=" * 33,
+    "<s>", "</s> x</s>y", "<unk> @-@ <unk>", "<|endoftext|>", "a<|im_start|>user\n<|im_end|>", "<pad>", "<0x41> <0x0A>",
+    "<think>hm</think> <tool_call>", "don't DON'T it's 'S 'ſ", "混合 mixed 文字 text，ｗｉｔｈ　both。",
+    "数学是利用符号语言研究数量、结构、变化以及空间等概念的一门学科。",
+    "x" * 300, "数" * 300, " " * 300, "\n" * 300, "ab " * 200, "a  b" * 100,
 ]  # fmt: skip
 
 
