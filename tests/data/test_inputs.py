@@ -133,7 +133,7 @@ def test_units_cover_every_byte_once_and_in_order(files: list[tuple[int, str]], 
 def test_the_number_of_units_is_bounded_for_any_corpus() -> None:
     sources = [Source(str(n), "jsonl", "", "utf-8", 1 << 40, 0) for n in range(3)]
     units = plan(sources, "document")
-    assert len(units) < 8200 and all(unit[0].start % (32 << 20) == 0 for unit in units)
+    assert len(units) < 8200 and all(unit[0].start % (16 << 20) == 0 for unit in units)
 
 
 @settings(max_examples=150, deadline=None)

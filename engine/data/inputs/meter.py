@@ -6,7 +6,7 @@ import hashlib
 import io
 from typing import Any
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 16 << 20
 
 
 class Meter(io.RawIOBase):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from engine.data.inputs.source import Source
 
-UNIT_BYTES = 32 << 20
-_MAX_UNITS = 8192  # more would be a burden to folders and to memory; beyond 256 GB units grow
+UNIT_BYTES = 16 << 20
+_MAX_UNITS = 8192  # more would be a burden to folders and to memory; beyond 128 GB units grow
 
 
 class Span(NamedTuple):
