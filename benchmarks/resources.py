@@ -122,6 +122,7 @@ def blocks(arch: int, warps: int, registers: int, shared: int) -> int:
 
 def measure(arch: int, only: list[str]) -> Iterator[Use]:
     """Compiles every case for an architecture; each kernel of a case is told once."""
+    read: dict[str, tuple[int, int, int, int]] = {}  # shapes share kernels, and reading takes long
     with tempfile.TemporaryDirectory() as name, compiling(arch) as found:
         for case in all_cases(only):
             run = case.build(META)
@@ -130,7 +131,9 @@ def measure(arch: int, only: list[str]) -> Iterator[Use]:
             run()
             assert found, f"{case.kernel}: nothing was launched"
             for kernel_name, kernel in {id(kernel): (n, kernel) for n, kernel in found}.values():
-                registers, spills, hgmma, waits = inspect(kernel, Path(name))
+                if kernel.hash not in read:
+                    read[kernel.hash] = inspect(kernel, Path(name))
+                registers, spills, hgmma, waits = read[kernel.hash]
                 meta = kernel.metadata
                 wrong = [text for bad, text in (
                     (meta.shared > SHARED[arch], f"shared memory over {SHARED[arch]}"),
