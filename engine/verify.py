@@ -38,7 +38,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType({
     "dtype": "fp64", "seq_len": 16, "global_batch": 8, "steps": 20, "lr": 1e-3, "warmup": 3})
 """A rate of 1e-2 would do for any layout's first step, but over 20 steps training itself magnifies rounding beyond the
 bounds."""
-FOREIGN = ("data", "valid_data", "load", "resume", "out", "tokenizer")
+FOREIGN = ("data", "valid_data", "new_data", "load", "resume", "out", "tokenizer")
 """Flags that mean nothing here: tokens and weights come from the seed, and nothing is written."""
 
 
