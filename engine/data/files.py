@@ -1,9 +1,13 @@
 """What a run reads from the files of a corpus while it lasts: pieces of the tokens, entries of the index, and the
-certainty that neither file has changed since it was opened."""
+certainty that neither file has changed since it was opened.
+
+Nothing is mapped. A page fault can hold the interpreter's lock while the disk works, makes the kernel read around each
+place and count up to 2 MB of what it has there as this process's memory, and where a disk fails or a file was cut it
+ends the process without a word. A read does none of it.
+"""
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 import weakref
@@ -46,62 +50,113 @@ def _clock(nanoseconds: int) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{fraction:09d}"
 
 
-class TokenFile:
-    """Reads pieces of a .bin by position, without mapping it.
+class ReadFile:
+    """A file open for reading by position, from any thread."""
 
-    A page fault on a mapping holds the interpreter's lock where a copy is short, makes the kernel read ahead around
-    each place, and on a disk that fails or a file that was cut ends the process without a word; a read does none of it.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path, self.dtype = path, dtype
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
-    def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The tokens [start, start + length) of each piece [n], one piece after another [sum of lengths].
-
-        Raises UserError where the file ends too early or cannot be read."""
-        item = self.dtype.itemsize
-        out = np.empty(int(lengths.sum()), self.dtype)
-        pieces = list(zip((starts * item).tolist(), (lengths * item).tolist(), strict=True))
-        if len(pieces) > 1 and hasattr(os, "posix_fadvise"):  # cold pieces then come at once, not one after another
-            for start, nbytes in pieces:
-                os.posix_fadvise(self._file, start, nbytes, os.POSIX_FADV_WILLNEED)
-        into, at = out.view(np.uint8).data, 0
-        for start, nbytes in pieces:
-            self._fill(into[at : at + nbytes], start)
-            at += nbytes
-        return out
-
-    def _fill(self, into: memoryview, start: int) -> None:
+    def fill(self, into: memoryview, start: int) -> None:
+        """Reads the bytes from `start` on. Raises UserError where the file ends too early or cannot be read."""
         while len(into):  # a signal or a network file system may end a read early
             try:
                 got = os.preadv(self._file, [into], start)
             except OSError as error:
                 raise UserError(f"{self.path} cannot be read at byte {start}: {error.strerror}") from error
             if not got:
-                raise UserError(f"{self.path} ends at byte {start}, {len(into)} bytes before the end of a sample that "
-                                "its index promises; it has been cut short")
+                raise UserError(f"{self.path} ends at byte {start}, {len(into)} bytes before what is to be read there; "
+                                "it has been cut short")
             into, start = into[got:], start + got
 
+    def read(self, start: int, nbytes: int) -> bytes | bytearray:
+        """The same for few bytes."""
+        try:
+            found = os.pread(self._file, nbytes, start)
+        except OSError:
+            found = b""  # and once more, to say what is wrong
+        if len(found) == nbytes:
+            return found
+        again = bytearray(nbytes)
+        self.fill(memoryview(again), start)
+        return again
 
-def map_random(path: Path) -> mmap.mmap:
-    """Maps a file, not empty, whose entries are looked up here and there: the kernel reads nothing around them."""
-    with open(path, "rb") as file:
-        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        found.madvise(mmap.MADV_RANDOM)
-    return found
+    def announce(self, pieces: list[tuple[int, int]]) -> None:
+        """Tells the system which pieces (start, bytes) will be read: cold ones then come at once, not one by one."""
+        if len(pieces) > 1 and hasattr(os, "posix_fadvise"):
+            for start, nbytes in pieces:
+                os.posix_fadvise(self._file, start, nbytes, os.POSIX_FADV_WILLNEED)
 
 
-def lower_bound(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """How many of the ascending values [m] are below each key: int64 [n] -> int64 [n].
+class Tokens:
+    """The tokens of a .bin."""
 
-    np.searchsorted for entries in a file: that one first copies all values when they are not aligned in memory, and an
-    index' header of 34 bytes sees to it that they never are. This looks at log2(m) entries a key."""
-    found = np.zeros(len(keys), np.int64)
-    for bit in reversed(range(len(values).bit_length())):
-        probe = np.minimum(found + (1 << bit), len(values))
-        found = np.where(values[probe - 1] < keys, probe, found)
-    return found
+    def __init__(self, file: ReadFile, dtype: np.dtype[Any]) -> None:
+        self._file, self._dtype = file, dtype
+
+    def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The tokens [start, start + length) of each piece [n], one piece after another [sum of lengths].
+
+        Raises UserError where the file ends too early or cannot be read."""
+        item = self._dtype.itemsize
+        out = np.empty(int(lengths.sum()), self._dtype)
+        pieces = list(zip((starts * item).tolist(), (lengths * item).tolist(), strict=True))
+        self._file.announce(pieces)
+        into, at = out.view(np.uint8).data, 0
+        for start, nbytes in pieces:
+            self._file.fill(into[at : at + nbytes], start)
+            at += nbytes
+        return out
+
+
+class Entries:
+    """An ascending array of i64 somewhere in a file, [count]: entries are read as they are looked at."""
+
+    def __init__(self, file: ReadFile, name: str, offset: int, count: int) -> None:
+        """name: what an entry is, for errors."""
+        self._file, self._name, self._offset, self._count = file, name, offset, count
+        self._seen: dict[int, int] = {}  # entries that every search looks at first
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Entries first .. last - 1, as far as there are any. Raises UserError when they do not ascend."""
+        count = max(0, min(last, self._count) - first)
+        found = np.frombuffer(self._file.read(self._offset + 8 * first, 8 * count), "<i8")
+        backwards = found[1:] < found[:-1]
+        if backwards.any():
+            n = int(backwards.argmax())
+            raise UserError(f"{self._file.path}: {self._name} {first + n + 1} is {found[n + 1]}, and of the one before "
+                            f"it {found[n]}; the index is damaged")
+        return found
+
+    def lower_bound(self, key: int) -> int:
+        """How many entries are below key: by bisection, the last steps of it in one piece of the file."""
+        low, high, depth = 0, self._count, 0
+        while high - low > _PIECE:
+            middle, depth = (low + high) // 2, depth + 1
+            value = self._seen.get(middle)
+            if value is None:
+                value = int.from_bytes(self._file.read(self._offset + 8 * middle, 8), "little", signed=True)
+                if depth <= _REMEMBERED:
+                    self._seen[middle] = value
+            if value < key:
+                low = middle + 1
+            else:
+                high = middle
+        return low + int(self.read(low, high).searchsorted(key))
+
+    def run(self, first: int, bound: int) -> np.ndarray:
+        """The entries from `first` on up to one that is not below bound."""
+        parts, at, size = [], first, _FEW
+        while True:
+            part = self.read(at, at + size)
+            end = int(part.searchsorted(bound))
+            parts.append(part[:end])
+            at, size = at + end, min(2 * size, _BLOCK)
+            if end < len(part) or at >= self._count:
+                return np.concatenate(parts) if len(parts) > 1 else part[:end]
+
+
+_PIECE = 512  # entries: 4 KiB
+_REMEMBERED = 12  # steps of a search: 4,095 entries
+_FEW, _BLOCK = 32, 1 << 20

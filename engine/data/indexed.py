@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from engine.data.files import TokenFile, Watched, lower_bound, map_random
+from engine.data.files import Entries, ReadFile, Tokens, Watched
 from engine.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -60,7 +60,7 @@ class IndexedDataset:
         self._map_index(sequences, documents)
         self._check_ends()
         self.tokens = _map(self.bin_path, self.dtype)  # [total]
-        self._pieces = TokenFile(self.bin_path, self.dtype)
+        self._pieces = Tokens(ReadFile(self.bin_path), self.dtype)
 
     def _read_header(self) -> tuple[np.dtype[Any], int, int]:
         """The token dtype, the number of sequences and the length of the document index, checked against the size."""
@@ -92,9 +92,9 @@ class IndexedDataset:
         self.sizes: np.ndarray = np.frombuffer(raw, "<i4", sequences, at)
         self.pointers: np.ndarray = np.frombuffer(raw, "<i8", sequences, at + 4 * sequences)
         self.document_index: np.ndarray = np.frombuffer(raw, "<i8", documents, at + 12 * sequences)
-        looked_up = map_random(self.idx_path)
-        self._pointers = np.frombuffer(looked_up, "<i8", sequences, at + 4 * sequences)
-        self._first_sequences = np.frombuffer(looked_up, "<i8", documents - 1, at + 12 * sequences)
+        file = ReadFile(self.idx_path)
+        self._pointers = Entries(file, "the byte offset of sequence", at + 4 * sequences, sequences)
+        self._firsts = Entries(file, "the first sequence of document", at + 12 * sequences, documents - 1)
 
     def _check_ends(self) -> None:
         """The entries every reader relies on: where the stream starts and where the last sequence ends."""
@@ -146,45 +146,27 @@ class IndexedDataset:
     def begins(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Which tokens of the pieces begin a document, as `read` puts them: bool [sum of lengths]. An empty document
         begins where the next one does. Raises UserError where the index contradicts itself."""
-        low, high = self._first_documents(np.stack([starts, starts + lengths]))
-        ends = np.cumsum(np.maximum(high - low, 0))  # [n]: documents up to each piece's end
-        into = np.cumsum(lengths) - lengths
         out = np.zeros(int(lengths.sum()), bool)
-        for at in range(0, int(ends[-1]) if len(ends) else 0, _BLOCK):
-            number = np.arange(at, min(at + _BLOCK, int(ends[-1])))
-            piece = np.searchsorted(ends, number, side="right")
-            documents = high[piece] - ends[piece] + number
-            offsets = self._token_starts(documents) - starts[piece]
-            wrong = np.flatnonzero((offsets < 0) | (offsets >= lengths[piece]))
-            if wrong.size:
-                n = wrong[0]
-                raise UserError(
-                    f"{self.idx_path}: document {documents[n]} starts at token {starts[piece[n]] + offsets[n]}, out of "
-                    f"order among those of tokens {starts[piece[n]]} to {starts[piece[n]] + lengths[piece[n]]}"
-                )
-            out[into[piece] + offsets] = True
+        at = 0
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            out[at - start + self._document_starts(start, start + length)] = True
+            at += length
         return out
 
-    def _first_documents(self, positions: np.ndarray) -> np.ndarray:
-        """The first document that begins at each position or after it; `documents` where none does."""
-        sequences = lower_bound(self._pointers, positions.ravel() * self.dtype.itemsize)
-        # Where each document is one sequence, the sequence's number is the answer: two entries show it.
-        found = np.minimum(sequences, self.documents)
-        firsts = self._first_sequences
-        if self.documents:
-            here, before = firsts[np.minimum(found, self.documents - 1)], firsts[np.maximum(found - 1, 0)]
-            right = ((here >= sequences) | (found == self.documents)) & ((before < sequences) | (found == 0))
-            found[~right] = lower_bound(firsts, sequences[~right])
-        return found.reshape(positions.shape)
-
-    def _token_starts(self, documents: np.ndarray) -> np.ndarray:
-        """`token_start` of many documents, of which none begins at the stream's end."""
-        sequences = self._first_sequences[documents]
-        wrong = np.flatnonzero((sequences < 0) | (sequences >= len(self._pointers)))
-        if wrong.size:
-            raise UserError(f"{self.idx_path}: document {documents[wrong[0]]} starts at sequence "
-                            f"{sequences[wrong[0]]} of {len(self._pointers)}")
-        return self._pointers[sequences] // self.dtype.itemsize
+    def _document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Where in the stream those documents begin that begin in [start, stop)."""
+        item = self.dtype.itemsize
+        first = self._pointers.lower_bound(start * item)
+        pointers = self._pointers.run(first, stop * item)  # of the sequences that begin there
+        document = first  # so it is where each document is one sequence; two entries show whether it is
+        around = self._firsts.read(max(document - 1, 0), document + 1).tolist()
+        if len(around) < 1 + (document > 0) or around[-1] < first or (document and around[0] >= first):
+            document = self._firsts.lower_bound(first)
+        sequences = self._firsts.run(document, first + len(pointers))  # they ascend, as the pointers do
+        if len(sequences) and (sequences[0] < first or pointers[0] < start * item):
+            raise UserError(f"{self.idx_path}: document {document} starts at sequence {sequences[0]}, which starts at "
+                            f"byte {pointers[0]}; it was looked for at byte {start * item}: the index is damaged")
+        return pointers[sequences - first] // item
 
     def check_unchanged(self) -> None:
         """Raises UserError, saying what has changed, when either file is not what it was when it was opened."""

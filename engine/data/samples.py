@@ -119,7 +119,7 @@ class CorpusSamples:
     def begins(self, start: int, count: int) -> np.ndarray:
         """Which of those tokens begin a document, bool [count, seq_len + 1]. Raises UserError when the index has
         changed or contradicts itself."""
-        self.corpus.check_unchanged()  # before: a mapped index that was cut short cannot be looked at
+        self.corpus.check_unchanged()  # before: else what was cut is told as damaged
         return self.corpus.begins(*self._pieces(start, count)).reshape(count, self.seq_len + 1)
 
     def _pieces(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -207,10 +207,12 @@ def test_pieces_and_where_their_documents_begin(
 
 @pytest.mark.parametrize(
     ("at", "value", "message"),
-    [(54, 1 << 40, ""), (54, -2, ""), (54, 1, ""), (78, 9, "starts at sequence 9 of 3"),
-     (78, -1, "starts at sequence -1"), (78, 2, "")],
+    [(54, 1 << 40, f"offset of sequence 2 is 6, and of the one before it {1 << 40}"),
+     (54, -2, "offset of sequence 1 is -2, and of the one before it 0"), (54, 1, ""),
+     (78, 9, "first sequence of document 2 is 2, and of the one before it 9"),
+     (78, -1, "first sequence of document 1 is -1, and of the one before it 0"), (78, 2, "")],
 )
-def test_hostile_middle_entries_never_crash_the_search_for_documents(
+def test_hostile_middle_entries_are_refused_by_the_search_for_documents(
     tmp_path: Path, at: int, value: int, message: str
 ) -> None:
     write(tmp_path / "c", [[1], [2, 3], [4]])

@@ -50,7 +50,7 @@ def write_pair(prefix: Path, documents: int, *, full: bool) -> None:
 
 def test_a_hundred_million_documents_take_little_memory_until_the_first_batch(tmp_path: Path) -> None:
     """Measured in a process of its own. Whatever reads, copies or builds an array over the documents would need 400 MB
-    or more; the entries looked up take 5 to 90 MB, by how much of the index the system already holds in memory."""
+    or more, and a search in a mapped index hundreds, by how much of it the system already has in memory."""
     write_pair(tmp_path / "c", 100_000_000, full=False)
     done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path / "c")], capture_output=True, text=True,
                           cwd=Path(__file__).parents[2])
