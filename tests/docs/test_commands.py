@@ -47,7 +47,8 @@ SMALLER = (
 """All that is changed before a command is run: (pattern, replacement), in order."""
 
 SAYS = (
-    (r"--verify$", "logits: equal"),
+    (r"convert_ckpt\.py .*--verify$", "logits: equal"),
+    (r"inspect_data\.py .*--verify$", "verified: "),
     (r"engine\.verify", "equal"),
     (r"--resume .*--steps 240", "resumed runs/base/checkpoints/step-00000003 at step 3"),
     (r"--resume .*--steps 300", "resumed runs/base/checkpoints/step-00000004 at step 4"),
