@@ -37,7 +37,7 @@ def test_linear_falls_evenly_to_a_tenth_unless_told_otherwise() -> None:
 
 
 @given(st.integers(1, 200), st.integers(0, 250), st.sampled_from(["cosine", "linear", "constant"]),
-       st.floats(0, 1), st.floats(0, 1))
+       st.floats(0, 1, allow_subnormal=False), st.floats(0, 1))
 def test_it_stays_between_its_ends_and_never_rises_after_the_warm_up(
         steps: int, warmup: int, decay: str, lr: float, share: float) -> None:
     found = curve(steps, lr=lr, min_lr=lr * share, warmup=warmup, decay=decay)
