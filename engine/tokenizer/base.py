@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.errors import UserError
-from engine.tokenizer.memo import packed
 
 _GROUP = 1 << 18  # characters encoded at a time
 
@@ -79,7 +78,7 @@ class Tokenizer(ABC):
         eod: an id put after every text and counted with it; a text without ids (the empty one) stays empty, as in
         Megatron-LM. Raises UserError for a lone surrogate."""
         dtype = token_dtype(self.vocab_size)
-        end = b"" if eod is None else packed([[eod]], dtype)[0]
+        end = b"" if eod is None else np.array([eod], dtype).tobytes()
         documents: list[bytes] = []
         for group in _groups(texts):
             documents += [ids + end if ids else ids for ids in self._raw(group, dtype)]
@@ -89,11 +88,10 @@ class Tokenizer(ABC):
     def _raw(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[bytes]:
         memo = self._built()[0]
         if memo is None:
-            return packed(self.encode_batch(list(texts)), dtype)
+            return [np.array(ids, dtype).tobytes() for ids in self.encode_batch(list(texts))]
         try:
             return memo.encode(texts)
         except Exception:
-            self._memo = None  # it may hold segments that were never encoded
             for text in texts:  # each library has its own way of refusing half a character
                 check_encodable(text)
             raise

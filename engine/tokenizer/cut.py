@@ -4,69 +4,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from engine.tokenizer.fine import FineEncoder
-from engine.tokenizer.memo import Ids, Memo, at_first_spaces, packed, spaced, windows
+from engine.tokenizer import blocks
+from engine.tokenizer.blocks import BlockEncoder, by_density
 from engine.tokenizer.safe_pairs import SafePairs, joined_in
+from engine.tokenizer.segments import Ids, SegmentMemo, flat_ids, substrings
 
 SPACE = "\u2581"
 _LONE_SPACE = re.compile(r"(?<=[^ ]) (?=[^ ])")
 
 
 class CutEncoder:
-    """Cuts text before spaces, by `str.split` and a dict, or at every safe pair; which of the two decides speed only.
-
-    A word's key leaves out the space before it; further spaces of a run belong to the word that follows them.
-    """
+    """Cuts text before spaces or at every safe pair; which of the two decides speed only."""
 
     def __init__(
         self,
         pieces: Iterable[str],
         encode: Callable[[list[str]], Iterable[Ids]],
-        normalize: Callable[[str], tuple[str, bool]],
+        normalize: Callable[[str], str],
         dtype: np.dtype[Any],
     ) -> None:
         """pieces: all that merging can make. encode: normalised segments to ids, adding nothing. normalize: a text that
-        is not empty to the one to encode, with " " for U+2581, and whether one more space stands before it."""
-        joined = joined_in(pieces)
+        is not empty to what is encoded, with spaces as spaces."""
+        joined = joined_in(piece.replace(SPACE, " ") for piece in pieces)
         pairs = SafePairs(joined)
         self._normalize = normalize
-        self._fine = FineEncoder(pairs, encode, dtype, windows=pairs.windows)
-        self._starts = Memo(lambda keys: packed(list(encode(keys)), dtype))
-        self._words = Memo(lambda keys: packed(list(encode([SPACE + key for key in keys])), dtype))
-        # No piece holds a space after something else, so that text may be cut before every run of spaces.
-        self._words_stand_apart = all(one == SPACE for one, two in joined if two == SPACE)
+
+        def spans(buffer: bytes, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return flat_ids(encode([one.replace(" ", SPACE) for one in substrings(buffer, starts, ends)]), dtype)
+
+        memo = SegmentMemo(spans, dtype)
+        self._characters = BlockEncoder(memo, blocks.at_pairs(pairs), pairs.windows, blocks.CHARACTERS_BLOCK)
+        # Words only where no piece holds a space after something else.
+        self._words = self._characters
+        if all(one == " " for one, two in joined if two == " "):
+            parts = partial(blocks.windows, breaks=_LONE_SPACE)
+            memo = SegmentMemo(self._characters.spans, dtype)
+            self._words = BlockEncoder(memo, blocks.at_spaces, parts, blocks.WORDS_BLOCK)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids of each text as bytes. Raises what `encode` raises for a lone surrogate."""
-        by_words: list[list[bytes | bytearray] | None] = []
-        fine: list[str] = []
-        for text in texts:
-            text, prefixed = self._normalize(text) if text else ("", False)
-            if self._words_stand_apart and spaced(text):
-                by_words.append(self._look_up(text, prefixed))
-            else:
-                by_words.append(None)
-                fine.append(SPACE * prefixed + text.replace(" ", SPACE))
-        self._starts.fill()
-        self._words.fill()
-        others = iter(self._fine.encode(fine))
-        return [next(others) if found is None else b"".join(found) for found in by_words]
-
-    def _look_up(self, text: str, prefixed: bool) -> list[bytes | bytearray]:
-        """What the memo has, or will have once filled, for each word."""
-        found: list[bytes | bytearray] = []
-        for window in windows(text, _LONE_SPACE):
-            if prefixed and window.startswith(" "):  # not the first space of its run
-                keys = at_first_spaces(" " + window, SPACE)[1:]
-            else:
-                keys = at_first_spaces(window, SPACE)
-            if not prefixed:  # no space stands before the first word of all
-                found.append(self._starts[keys[0]])
-                del keys[0]
-            found += map(self._words.__getitem__, keys)
-            prefixed = False
-        return found
+        """The ids of each text as bytes. Raises UnicodeEncodeError for a lone surrogate."""
+        return by_density([self._normalize(text) if text else "" for text in texts], self._words, self._characters)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.errors import UserError
 from engine.tokenizer.base import Encoder, Tokenizer, check_encodable, token_dtype
 from engine.tokenizer.bpe import byte_alphabet
@@ -22,7 +24,6 @@ from engine.tokenizer.json_file import (
     steps_of,
     text_tokens,
 )
-from engine.tokenizer.memo import packed
 from engine.tokenizer.patterns import PatternEncoder, changed_by_cuts, doubtful
 from engine.tokenizer.safe_pairs import SafeBytePairs
 
@@ -82,11 +83,10 @@ class FastTokenizer(Tokenizer):
         if how.split_spaces:
             pieces = [part for piece in pieces for part in _WORD.findall(piece)]
 
-        def normalize(text: str) -> tuple[str, bool]:
+        def normalize(text: str) -> str:
             text = text.replace(SPACE, " ")
-            if how.prefix == "unless" and text.startswith(" "):
-                return text[1:], True
-            return text, how.prefix != "never"
+            spare = how.prefix == "never" or (how.prefix == "unless" and text.startswith(" "))
+            return text if spare else " " + text
 
         def encode(segments: list[str]) -> list[list[int]]:
             if not how.split_spaces:
@@ -156,7 +156,7 @@ class _Guarded:
         ours = iter(self._memo.encode([ready for ready, skip in zip(prepared, left, strict=True) if not skip]))
         dtype = token_dtype(self._reference.vocab_size)
         return [
-            packed([self._reference.encode(text)], dtype)[0] if skip else next(ours)
+            np.array(self._reference.encode(text), dtype).tobytes() if skip else next(ours)
             for text, skip in zip(texts, left, strict=True)
         ]
 

@@ -11,9 +11,12 @@ from engine.errors import UserError
 from engine.tokenizer.bpe import UTF8_BYTES, byte_alphabet
 from engine.tokenizer.cut import SPACE
 from engine.tokenizer.folder import check_ids, read_object
-from engine.tokenizer.patterns import GPT2, KNOWN
+from engine.tokenizer.patterns import GPT2, LLAMA3, O200K, QWEN2
 
 Json = Mapping[str, Any]
+_READ_ALIKE = (GPT2, LLAMA3, QWEN2, O200K)
+"""Patterns that mean the same to the package regex and to the engine in `tokenizers`. In others `{1,3}+` or `$` do not:
+to the one the first never gives back what it took, to the other it repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +126,9 @@ def _byte_level(content: Json, steps: list[Json]) -> Plan:
     if len(steps) == 2 and steps[0].get("type") == "Split" and not last.get("use_regex", True):
         pattern = (steps[0].get("pattern") or {}).get("Regex")
         how = steps[0].get("behavior"), bool(steps[0].get("invert"))
-        if pattern in KNOWN and how in (("Isolated", False), ("Removed", True)) and prefix == "never":
+        if pattern in _READ_ALIKE and how in (("Isolated", False), ("Removed", True)) and prefix == "never":
             return Plan(pattern=pattern, normalize=normalize)
-    raise CannotCut("its pre-tokenizer's pattern is not among those known")
+    raise CannotCut("its pre-tokenizer's pattern is not among those that both engines are known to read alike")
 
 
 def steps_of(part: Any, name: str) -> list[Json]:

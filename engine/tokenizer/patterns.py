@@ -5,15 +5,15 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import regex
 
-from engine.tokenizer.fine import FineEncoder
-from engine.tokenizer.memo import Ids, Memo, at_first_spaces, spaced, windows
+from engine.tokenizer.blocks import CHARACTERS_BLOCK, WORDS_BLOCK, BlockEncoder, at_pairs, by_density, windows
 from engine.tokenizer.safe_pairs import CODE_POINTS, SafePairs
+from engine.tokenizer.segments import Ids, SegmentMemo, flat_ids, substrings
 
 _SPACES = r"|\s+(?!\S)|\s+"
 _CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -38,16 +38,19 @@ They are those of openai/gpt-2 and openai/tiktoken (R50K splits as GPT2 does; CL
 today, which keeps all whitespace at a text's end together; LLAMA3 is its earlier form), and of Qwen's tokenizer.json.
 """
 
-_GLUE = "\0"
 _BREAK = regex.compile(r"(?<=[\p{L}\p{N}])\s(?=\S)")  # no piece goes on from a letter or digit into whitespace
 _NEVER_INSIDE = regex.compile(r"\p{L}[^\p{L}\p{M}\p{N}']")
 _OTHER_SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
+_SPACE_BYTES = {
+    length: [int.from_bytes(one.encode()) for one in " " + _OTHER_SPACES if len(one.encode()) == length]
+    for length in (1, 2, 3)
+}
 
 
 class PatternEncoder:
-    """Cuts text before spaces, by `str.split` and a dict, behind that by the pattern, and its pieces at safe pairs."""
+    """Cuts text before spaces; behind that by the pattern, and its pieces at safe pairs."""
 
     def __init__(
         self,
@@ -58,38 +61,36 @@ class PatternEncoder:
         normalize: Callable[[str], str] | None = None,
     ) -> None:
         """pattern: one of KNOWN. pairs: where a piece may be cut further. encode: pieces or their parts to ids."""
-        split = regex.compile(pattern).findall
         self._normalize = normalize
-        self._fine = FineEncoder(pairs, encode, dtype, pieces=split, windows=lambda text: windows(text, _BREAK))
-        self._starts = Memo(lambda keys: self._fine.encode([key.replace(_GLUE, " ") for key in keys]))
-        self._words = Memo(lambda keys: self._fine.encode([" " + key.replace(_GLUE, " ") for key in keys]))
+        memo = SegmentMemo(lambda *spans: flat_ids(encode(substrings(*spans)), dtype), dtype)
+        cutter = at_pairs(pairs, regex.compile(pattern).findall)
+        parts = partial(windows, breaks=_BREAK)
+        self._pieces = BlockEncoder(memo, cutter, parts, CHARACTERS_BLOCK)
+        words = SegmentMemo(self._pieces.spans, dtype)
+        self._words = BlockEncoder(words, _at_words, parts, WORDS_BLOCK)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text as bytes. Raises UnicodeEncodeError for a lone surrogate."""
-        by_words: list[list[bytes | bytearray] | None] = []
-        fine: list[str] = []
-        for text in texts:
-            text = self._normalize(text) if self._normalize else text
-            if spaced(text) and _GLUE not in text:
-                by_words.append(self._look_up(text))
-            else:
-                by_words.append(None)
-                fine.append(text)
-        self._starts.fill()
-        self._words.fill()
-        others = iter(self._fine.encode(fine))
-        return [next(others) if found is None else b"".join(found) for found in by_words]
+        ready = [self._normalize(text) if self._normalize else text for text in texts]
+        return by_density(ready, self._words, self._pieces)
 
-    def _look_up(self, text: str) -> list[bytes | bytearray]:
-        """What the memo has, or will have once filled, for each word."""
-        found: list[bytes | bytearray] = []
-        # Where whitespace follows whitespace a piece may go on (`\s+(?!\S)`), so that is kept together.
-        others = [space for space in _OTHER_SPACES if space in text]
-        for window in windows(text, _BREAK):
-            keys = at_first_spaces(window, _GLUE, others)
-            found.append(self._starts[keys[0]])
-            found += map(self._words.__getitem__, keys[1:])
-        return found
+
+def _at_words(text: bytes, ends: np.ndarray) -> tuple[np.ndarray, None]:
+    """Cuts before spaces that follow something else than whitespace: there a pattern's piece never goes on. Inside of
+    whitespace it may."""
+    raw = np.frombuffer(text, np.uint8)
+    at = np.flatnonzero(raw[1:] == 0x20) + 1
+    last = raw.take(at - 1)
+    white = np.isin(last, _SPACE_BYTES[1])
+    wide = np.flatnonzero(last >= 0x80)
+    if len(wide):
+        before = at[wide]
+        two = raw.take(before - 2).astype(np.int64) << 8 | raw.take(before - 1)
+        three = raw.take(before - 3, mode="clip").astype(np.int64) << 16 | two
+        white[wide] = np.isin(two, _SPACE_BYTES[2]) | np.isin(three, _SPACE_BYTES[3])
+    begins = np.zeros(len(raw) + 1, bool)
+    begins[0] = begins[ends] = begins[at[~white]] = True
+    return np.flatnonzero(begins), None
 
 
 def changed_by_cuts(pieces: Iterable[bytes], merged: Callable[[bytes], int]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 CODE_POINTS = 0x110000
-_BLOCK = 1 << 18  # characters
+_WINDOW = 1 << 16  # characters
 _TAIL, _AFTER_TAIL, _BEFORE_HEAD, _HEAD = 1, 2, 4, 8  # a flag of a second character is twice that of its first
 _CONTINUATION = bytes(range(0x80, 0xC0))
 _LEAST = (0, 0x80, 0x800, 0x10000)  # the least code point that takes so many continuation bytes
@@ -45,15 +45,15 @@ class SafePairs:
         return answer
 
     def windows(self, text: str) -> Iterator[str]:
-        """A text in parts of about _BLOCK characters, cut where it is safe."""
-        begin, end = 0, _BLOCK
+        """A text in parts of about _WINDOW characters, cut where it is safe."""
+        begin, end = 0, _WINDOW
         while end < len(text):
             codes = np.frombuffer(text[end - 1 : end + 1023].encode("utf-32-le"), "<u4")
             found = np.flatnonzero(self.safe(codes))
             if len(found):
                 end += int(found[0])
                 yield text[begin:end]
-                begin, end = end, end + _BLOCK
+                begin, end = end, end + _WINDOW
             else:
                 end += len(codes) - 1 or 1
         yield text[begin:]

@@ -55,12 +55,11 @@ class SentencePieceTokenizer(Tokenizer):
             return [self._bare.Encode(segment) for segment in segments]
         return self._bare.Encode(segments, num_threads=1)
 
-    def _normalized(self, text: str) -> tuple[str, bool]:
-        """What sentencepiece encodes, spaces shown as spaces, and whether one more stands before it."""
-        if not self._normalizes:
-            return text.replace(SPACE, " "), self._dummy_prefix
-        text = self._model.Normalize(text).replace(SPACE, " ")
-        return (text[1:], True) if text.startswith(" ") else (text, False)
+    def _normalized(self, text: str) -> str:
+        """What sentencepiece encodes, spaces shown as spaces."""
+        if self._normalizes:
+            return self._model.Normalize(text).replace(SPACE, " ")
+        return " " * self._dummy_prefix + text.replace(SPACE, " ")
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode."""

@@ -1,0 +1,119 @@
+"""Many texts to ids: put together into blocks, cut into segments, and looked up at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import regex
+
+from engine.tokenizer.safe_pairs import SafePairs
+from engine.tokenizer.segments import PADDING, SegmentMemo, gathered
+
+WORDS_BLOCK, CHARACTERS_BLOCK = 1 << 19, 1 << 17
+"""Characters encoded at a time, by each way of cutting: as many as the arrays fit a processor's cache for."""
+_WINDOW = 1 << 16  # characters of one text encoded apart from its others
+_SPARSE = 16
+
+Cutter = Callable[[bytes, np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+"""UTF-8 of several texts, and where each ends in it -> the bounds and codes that SegmentMemo.ids_of takes."""
+
+
+class BlockEncoder:
+    """Texts to ids by one way of cutting."""
+
+    def __init__(
+        self, memo: SegmentMemo, cutter: Cutter, windows: Callable[[str], Iterator[str]], block: int
+    ) -> None:
+        """windows: the parts of a long text that may be encoded apart. block: characters encoded at a time."""
+        self._memo, self._cutter, self._windows, self._size = memo, cutter, windows, block
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """The ids of each text as bytes. Raises UnicodeEncodeError for a lone surrogate."""
+        if sum(map(len, texts)) <= self._size:
+            return self._block(texts)
+        answer: list[list[bytes]] = [[] for _ in texts]
+        held: list[tuple[int, str]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            for window in self._windows(text):
+                if size + len(window) > self._size:
+                    self._flush(held, answer)
+                    held, size = [], 0
+                held.append((number, window))
+                size += len(window)
+        self._flush(held, answer)
+        return [b"".join(parts) for parts in answer]
+
+    def spans(self, buffer: bytes, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same for texts that are parts of a buffer: see segments.Spans."""
+        raw, stops = gathered(np.frombuffer(buffer, np.uint8), starts, ends - starts)
+        return self._ids_of(raw.tobytes(), stops)
+
+    def _flush(self, held: Sequence[tuple[int, str]], answer: list[list[bytes]]) -> None:
+        for (number, _), ids in zip(held, self._block([part for _, part in held]), strict=True):
+            answer[number].append(ids)
+
+    def _block(self, texts: Sequence[str]) -> list[bytes]:
+        encoded = [text.encode("utf-8") for text in texts]
+        ids, stops = self._ids_of(b"".join(encoded), np.cumsum(list(map(len, encoded)), dtype=np.int64))
+        flat, item = ids.tobytes(), ids.itemsize
+        return [flat[begin * item : end * item] for begin, end in pairwise([0, *stops.tolist()])]
+
+    def _ids_of(self, text: bytes, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Several texts one after another, and where each ends -> all ids, and where those of each text end."""
+        bounds, codes = self._cutter(text, ends)
+        ids, id_ends = self._memo.ids_of(text + PADDING, bounds, codes)
+        return ids, np.concatenate(([0], id_ends))[np.searchsorted(bounds, ends)]
+
+
+def at_spaces(text: bytes, ends: np.ndarray) -> tuple[np.ndarray, None]:
+    """Cuts before the first space of every run."""
+    space = np.frombuffer(text, np.uint8) == 0x20
+    begins = np.zeros(len(text) + 1, bool)
+    np.greater(space[1:], space[:-1], out=begins[1:-1])
+    begins[0] = begins[ends] = True
+    return np.flatnonzero(begins), None
+
+
+def at_pairs(pairs: SafePairs | None, pieces: Callable[[str], list[str]] | None = None) -> Cutter:
+    """Cuts at every safe pair, and where a pre-tokenizer's pieces end."""
+
+    def cut(text: bytes, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        whole = text.decode("utf-8")
+        codes = np.frombuffer(whole.encode("utf-32-le"), "<i4")
+        place = None  # of each character in bytes, and the end, where they are not the same
+        if len(whole) < len(text):
+            place = np.append(np.flatnonzero(np.frombuffer(text, np.int8) > -65), len(text))  # all but continuations
+        begins = np.zeros(len(whole) + 1, bool)
+        if pairs is not None:
+            begins[1:-1] = pairs.safe(codes)
+        if pieces is not None:
+            parts = (text[begin:end].decode("utf-8") for begin, end in pairwise([0, *ends.tolist()]))
+            begins[np.cumsum([length for part in parts for length in map(len, pieces(part))], dtype=np.int64)] = True
+        begins[0] = begins[ends if place is None else np.searchsorted(place, ends)] = True
+        found = np.flatnonzero(begins)
+        lone = codes.take(found[:-1])
+        lone[np.diff(found) > 1] = -1
+        return found if place is None else place.take(found), lone
+
+    return cut
+
+
+def windows(text: str, breaks: re.Pattern[str] | regex.Pattern[str]) -> Iterator[str]:
+    """Parts of a long text, about _WINDOW characters each, that start where `breaks` matches."""
+    begin = 0
+    while len(text) - begin > _WINDOW and (found := breaks.search(text, begin + _WINDOW)):
+        yield text[begin : found.start()]
+        begin = found.start()
+    yield text[begin:]
+
+
+def by_density(texts: Sequence[str], words: BlockEncoder, characters: BlockEncoder) -> list[bytes]:
+    """Texts that have a space in every few characters by words, the others by characters: each the quicker way."""
+    worded = [text.count(" ") * _SPARSE >= len(text) for text in texts]
+    some = iter(words.encode([text for text, one in zip(texts, worded, strict=True) if one]))
+    others = iter(characters.encode([text for text, one in zip(texts, worded, strict=True) if not one]))
+    return [next(some) if one else next(others) for one in worded]
