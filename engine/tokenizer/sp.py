@@ -37,7 +37,8 @@ class SentencePieceTokenizer(Tokenizer):
         """The memo where it is exact for this model, else sentencepiece for everything."""
         proto = self._model.serialized_model_proto()
         facts = model_facts(proto)
-        reason = why_not_exact(facts)
+        pieces = self._merged()
+        reason = why_not_exact(facts, pieces)
         if reason is None and not hasattr(self._model, "Normalize"):
             reason = "this version of sentencepiece cannot normalise apart from encoding"
         if reason is not None:
@@ -45,10 +46,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._normalizes = facts.character_map or facts.extra_spaces_removed
         self._dummy_prefix = facts.dummy_prefix
         self._bare = sentencepiece.SentencePieceProcessor(model_proto=without_normalizer(proto))
-        merged = (sp_file.NORMAL, sp_file.USER_DEFINED, sp_file.UNUSED)
-        pieces = [piece for piece, kind in facts.pieces if kind in merged]
         memo = CutEncoder(pieces, self._segments, self._normalized, token_dtype(self.vocab_size))
         return memo, "memo encoder (exact): sentencepiece encodes each new segment between safe cuts once"
+
+    def _merged(self) -> list[str]:
+        """All pieces that text can become by merging or matching."""
+        ids = list(range(self.vocab_size))
+        kinds = (self._model.IsControl(ids), self._model.IsUnknown(ids), self._model.IsByte(ids))
+        others = map(any, zip(*kinds, strict=True))
+        return [piece for piece, other in zip(self._model.IdToPiece(ids), others, strict=True) if not other]
 
     def _segments(self, segments: list[str]) -> list[list[int]]:
         if len(segments) < _FEW:
@@ -79,17 +85,19 @@ class SentencePieceTokenizer(Tokenizer):
         return number if self._model.IdToPiece(number) == piece else None  # an unknown piece maps to <unk>
 
 
-def why_not_exact(facts: ModelFacts) -> str | None:
-    """Why cutting would change this model's ids; None where it does not (see safe_pairs for the argument)."""
+def why_not_exact(facts: ModelFacts, pieces: Iterable[str]) -> str | None:
+    """Why cutting would change this model's ids; None where it does not (see safe_pairs for the argument). pieces:
+    those that text can become."""
     if facts.model_type != sp_file.BPE:
-        return "unigram scores are not additive over cuts" if facts.model_type == 1 else "the model is not BPE"
+        unigram = facts.model_type == sp_file.UNIGRAM
+        return "unigram scores are not additive over cuts" if unigram else "the model is not BPE"
     if not facts.byte_fallback:
         return "without byte fallback it joins neighbouring <unk>, also across a cut"
     if facts.suffix_space:
         return "spaces belong to the word before them"
     if not facts.spaces_escaped:
         return "spaces are not escaped"
-    if any(" " in piece for piece, kind in facts.pieces if kind == sp_file.USER_DEFINED):
+    if any(" " in piece for piece in pieces):  # spaces are escaped in all others
         return "a user-defined symbol holds a space, which is matched before spaces are escaped"
     return None
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-BPE = 2
+UNIGRAM, BPE = 1, 2
 _PIECES, _TRAINER, _NORMALIZER, _SELF_TEST = 1, 2, 3, 4  # fields of ModelProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _BARE = b"\x0a\x08identity" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
@@ -21,9 +20,7 @@ _BARE = b"\x0a\x08identity" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x
 class ModelFacts:
     """The settings that decide how text is split. The defaults are sentencepiece's own, for fields left out."""
 
-    pieces: tuple[tuple[str, int], ...]
-    """Every piece and its type, by id."""
-    model_type: int = 1
+    model_type: int = UNIGRAM
     byte_fallback: bool = False
     suffix_space: bool = False
     """Spaces are put after words instead of before them."""
@@ -35,23 +32,14 @@ class ModelFacts:
 
 
 def model_facts(proto: bytes) -> ModelFacts:
-    """Reads a serialized model. Raises ValueError where it is no protobuf message."""
-    pieces: list[tuple[str, int]] = []
-    trainer: dict[int, int | bytes] = {}
-    normalizer: dict[int, int | bytes] = {}
-    for field, value, _ in _fields(proto):
-        if not isinstance(value, bytes):
-            continue
-        if field == _PIECES:
-            piece = {number: content for number, content, _ in _fields(value)}
-            pieces.append((bytes(piece.get(1, b"")).decode("utf-8"), int(piece.get(3, NORMAL))))
-        elif field == _TRAINER:
-            trainer.update((number, content) for number, content, _ in _fields(value))
-        elif field == _NORMALIZER:
-            normalizer.update((number, content) for number, content, _ in _fields(value))
+    """Reads a serialized model's settings. Raises ValueError where it is no protobuf message."""
+    specs: dict[int, dict[int, int | bytes]] = {_TRAINER: {}, _NORMALIZER: {}}
+    for field, value, _ in _fields(proto, _end_of_pieces(proto)):
+        if field in specs and isinstance(value, bytes):
+            specs[field].update((number, content) for number, content, _ in _fields(value))
+    trainer, normalizer = specs[_TRAINER], specs[_NORMALIZER]
     return ModelFacts(
-        pieces=tuple(pieces),
-        model_type=int(trainer.get(3, 1)),
+        model_type=int(trainer.get(3, UNIGRAM)),
         byte_fallback=bool(trainer.get(35, 0)),
         suffix_space=bool(trainer.get(24, 0)),
         character_map=bool(normalizer.get(2, b"")),
@@ -65,13 +53,21 @@ def without_normalizer(proto: bytes) -> bytes:
     """The same model for text that is normalised already: no prefix, no map, every space kept.
 
     The self test is left out: it was written for the normaliser that is gone."""
-    kept = [raw for field, _, raw in _fields(proto) if field not in (_NORMALIZER, _SELF_TEST)]
-    return b"".join([*kept, bytes([_NORMALIZER << 3 | _BYTES, len(_BARE)]), _BARE])
+    end = _end_of_pieces(proto)
+    kept = [raw for field, _, raw in _fields(proto, end) if field not in (_NORMALIZER, _SELF_TEST)]
+    return b"".join([proto[:end], *kept, bytes([_NORMALIZER << 3 | _BYTES, len(_BARE)]), _BARE])
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
-    """The fields of a message in order: number, value, and the raw bytes of both."""
-    at = 0
+def _end_of_pieces(proto: bytes) -> int:
+    """Where the first piece of 128 bytes or more begins, or whatever follows the pieces: they are nearly all of it."""
+    at, last = 0, len(proto) - 1
+    while at < last and proto[at] == _PIECES << 3 | _BYTES and proto[at + 1] < 128:
+        at += 2 + proto[at + 1]
+    return at
+
+
+def _fields(message: bytes, at: int = 0) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """The fields of a message from byte `at` on: number, value, and the raw bytes of both."""
     while at < len(message):
         begin = at
         key, at = _varint(message, at)
