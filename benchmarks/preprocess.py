@@ -1,0 +1,261 @@
+"""Text to tokens on disk, beside Megatron-LM's method.
+
+Its method, as its tools/preprocess_data.py has it, written here plainly: a process pool parses each line's JSON,
+encodes the document by itself with sentencepiece, appends the end of document, and sends the list of ids to one
+process, which writes .bin and .idx. (Its own tool imports torch first; this one does not.) Ours is the README's command
+with --no-shuffle. The files of the two have to be the same, byte for byte, or there is no result.
+
+A turn goes from the command's start to its end, with all its processes: CPU seconds, wall seconds, and the most memory
+(PSS) that they had together. Turns alternate; medians. "Large" is drawn from the same documents, with repetition: it
+tells how two workers compare with one, which a second of work, most of it start-up, does not.
+
+    python benchmarks/preprocess.py [--english JSONL] [--chinese JSONL] [--model M] [--large 200] [--rounds 5]
+        [--patience 600] [--save]
+
+Files are JSONL with "text", no two documents alike; without them texts are made here. M: a sentencepiece BPE model; by
+default one is trained on the texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from common import ROOT, Quiet, keep, table
+from dedup import made_up
+
+OURS, THEIRS = "triax", "Megatron-LM's method"
+_CHUNK = 32
+"""Lines a worker gets at a time, as in Megatron-LM."""
+
+
+class Cost(NamedTuple):
+    """What a command took."""
+
+    cpu: float
+    wall: float
+    peak: float
+    """Megabytes of all its processes together."""
+
+
+def baseline(text: str, model: str, prefix: str, workers: int) -> None:
+    """Megatron-LM's method: writes prefix.bin and prefix.idx."""
+    lengths: list[int] = []
+    pool = multiprocessing.Pool(workers, _load, (model,))
+    with open(text, encoding="utf-8") as lines, open(f"{prefix}.bin", "wb") as out:
+        for ids in pool.imap(_encode, lines, _CHUNK):
+            out.write(np.array(ids, np.uint16).tobytes())
+            lengths.append(len(ids))
+    pool.close()
+    pool.join()
+    sizes = np.array(lengths, np.int32)
+    pointers = np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64))) * 2
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(sizes), len(sizes) + 1))
+        for array in (sizes, pointers.astype(np.int64), np.arange(len(sizes) + 1, dtype=np.int64)):
+            file.write(array.tobytes())
+
+
+def _load(model: str) -> None:
+    import sentencepiece
+
+    global _processor
+    _processor = sentencepiece.SentencePieceProcessor(model_file=model)
+
+
+def _encode(line: str) -> list[int]:
+    ids: list[int] = _processor.EncodeAsIds(json.loads(line)["text"])
+    ids.append(_processor.eos_id())
+    return ids
+
+
+def commands(text: Path, model: str, folder: Path, workers: int) -> dict[str, list[str]]:
+    """The two tools as commands that write folder/side.bin and .idx."""
+    return {
+        OURS: ["tools/preprocess_data.py", "--input", str(text), "--tokenizer", model, "--no-shuffle", "--overwrite",
+               "--workers", str(workers), "--output-prefix", str(folder / OURS)],
+        THEIRS: [__file__, "--baseline", str(text), model, str(folder / THEIRS), str(workers)],
+    }
+
+
+def cost(command: Sequence[str]) -> Cost:
+    """Runs a Python command and all the processes it starts."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peaks = [0.0]
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(process.pid, peaks, ended))
+    watcher.start()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    ended.set()
+    watcher.join()
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()}")
+    return Cost(usage.ru_utime + usage.ru_stime, wall, max(peaks))
+
+
+def _watch(pid: int, peaks: list[float], ended: threading.Event) -> None:
+    while not ended.wait(0.05):
+        peaks.append(sum(map(_megabytes, _tree(pid))))
+
+
+def _tree(pid: int) -> Iterator[int]:
+    """A process and its descendants (Linux)."""
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = path.read_text().split()
+        except OSError:
+            continue
+        for child in children:
+            yield from _tree(int(child))
+
+
+def _megabytes(pid: int) -> float:
+    try:
+        found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1000 if found else 0.0
+
+
+def compare_tools(text: Path, model: str, rounds: int, quiet: Quiet) -> dict[str, Any]:
+    """Both tools with one worker and with two, on one corpus."""
+    texts = read(text)
+    megabytes = sum(len(one.encode()) for one in texts) / 1e6
+    turns: dict[tuple[str, int], list[Cost]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for _ in range(rounds):
+            for workers in (1, 2):
+                for side, command in commands(text, model, folder, workers).items():
+                    turns.setdefault((side, workers), []).append(quiet.turn(lambda command=command: cost(command)))
+                check_equal(folder)
+        tokens = (folder / f"{OURS}.bin").stat().st_size // 2
+    found = {f"{side}, {workers} worker{'s' * (workers > 1)}": median(costs)
+             for (side, workers), costs in turns.items()}
+    for one in found.values():
+        one |= {"megabytes_per_cpu_second": megabytes / one["cpu"], "megabytes_per_second": megabytes / one["wall"],
+                "tokens_per_second": tokens / one["wall"]}
+    ours = [statistics.median(one.wall for one in turns[OURS, workers]) for workers in (1, 2)]
+    less = {str(workers): statistics.median(theirs.cpu / mine.cpu for mine, theirs in
+                                            zip(turns[OURS, workers], turns[THEIRS, workers], strict=True))
+            for workers in (1, 2)}
+    return {"documents": len(texts), "megabytes": megabytes, "tokens": tokens, "sides": found,
+            "cpu_times_less": less, "two_workers_of_one": ours[0] / ours[1]}
+
+
+def median(costs: Sequence[Cost]) -> dict[str, float]:
+    """The median of each figure."""
+    columns = zip(*costs, strict=True)
+    return {name: statistics.median(column) for name, column in zip(Cost._fields, columns, strict=True)}
+
+
+def check_equal(folder: Path) -> None:
+    """Ends the program if the two tools' files differ."""
+    for suffix in ("bin", "idx"):
+        one, other = (hashlib.sha256((folder / f"{side}.{suffix}").read_bytes()).hexdigest() for side in (OURS, THEIRS))
+        if one != other:
+            raise SystemExit(f"the .{suffix} of the two tools differ: no figures")
+
+
+def read(path: Path) -> list[str]:
+    """The documents of a JSONL file."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def write(path: Path, texts: Iterable[str]) -> Path:
+    """Documents as JSONL."""
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def drawn(texts: Sequence[str], megabytes: float) -> Iterator[str]:
+    """Documents with repetition, until there are as many megabytes."""
+    rng, size = random.Random(0), 0
+    while size < megabytes * 1e6:
+        text = rng.choice(texts)
+        size += len(text.encode())
+        yield text
+
+
+def show(title: str, one: dict[str, Any]) -> None:
+    """The table of a corpus."""
+    less = one["cpu_times_less"]
+    print(f"\n{title}: {one['documents']:,} documents, {one['megabytes']:.1f} MB, {one['tokens']:,} tokens; triax "
+          f"takes {less['1']:.1f} x less CPU with one worker, {less['2']:.1f} x with two; its two workers are "
+          f"{one['two_workers_of_one']:.2f} x one")
+    rows = [["", "CPU s", "wall s", "MB/CPU-s", "MB/s", "tokens/s", "peak MB"]]
+    rows += [[side, f"{c['cpu']:.2f}", f"{c['wall']:.2f}", f"{c['megabytes_per_cpu_second']:.1f}",
+              f"{c['megabytes_per_second']:.1f}", f"{c['tokens_per_second']:,.0f}", f"{c['peak']:.0f}"]
+             for side, c in one["sides"].items()]
+    print(table(rows))
+
+
+def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Each language, as it is and large."""
+    quiet = Quiet(args.patience)
+    corpora = {name: Path(given) if given else write(folder / f"{name}.jsonl", list(dict.fromkeys(made_up(chinese))))
+               for name, given, chinese in (("english", args.english, False), ("chinese", args.chinese, True))}
+    model = args.model or trained(corpora.values(), folder / "model")
+    result: dict[str, Any] = {}
+    for name, text in corpora.items():
+        result[name] = compare_tools(text, model, args.rounds, quiet)
+        show(name, result[name])
+        if args.large:
+            large = write(folder / "large.jsonl", drawn(read(text), args.large))
+            result[f"{name}, large"] = compare_tools(large, model, args.rounds, quiet)
+            show(f"{name}, large", result[f"{name}, large"])
+    print(f"\n{quiet}")
+    return {**result, "quiet": str(quiet)}
+
+
+def trained(corpora: Iterable[Path], folder: Path) -> str:
+    """A model of 8,000 pieces."""
+    subprocess.run([sys.executable, "tools/train_tokenizer.py", "--input", *map(str, corpora), "--vocab-size", "8000",
+                    "--output", str(folder)], cwd=ROOT, check=True)
+    return str(folder / "tokenizer.model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--english", "--chinese", "--model"):
+        parser.add_argument(name)
+    parser.add_argument("--large", type=float, default=200, help="megabytes of the large corpora; 0 for none")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=600, help="seconds to wait for a quiet machine, in all")
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--baseline", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.baseline:
+        text, model, prefix, workers = args.baseline
+        baseline(text, model, prefix, int(workers))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        result = compare(args, Path(folder))
+    if args.save:
+        print(keep("preprocess", result))
+
+
+if __name__ == "__main__":
+    main()
