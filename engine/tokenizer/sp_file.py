@@ -6,6 +6,7 @@ from its wire format (protobuf.dev, "Encoding"), so that the package `protobuf` 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,6 +65,37 @@ def _end_of_pieces(proto: bytes) -> int:
     while at < last and proto[at] == _PIECES << 3 | _BYTES and proto[at + 1] < 128:
         at += 2 + proto[at + 1]
     return at
+
+
+def with_rounded_scores(proto: bytes, step: float) -> bytes:
+    """The same model, the scores of its normal pieces rounded to multiples of `step`, a power of two."""
+    return b"".join(
+        _field(_PIECES, _with_rounded_score(value, step)) if field == _PIECES and isinstance(value, bytes) else raw
+        for field, value, raw in _fields(proto)
+    )
+
+
+def _with_rounded_score(piece: bytes, step: float) -> bytes:
+    fields = list(_fields(piece))
+    # Field 2 is the score, field 3 the type, which is left out where it is 1, "normal".
+    if any(number == 3 and value != 1 for number, value, _ in fields):
+        return piece
+    rounded = b""
+    for number, value, raw in fields:
+        if number == 2 and isinstance(value, bytes):
+            score = round(struct.unpack("<f", value)[0] / step) * step
+            raw = bytes([2 << 3 | _FIXED32]) + struct.pack("<f", score)
+        rounded += raw
+    return rounded
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of bytes."""
+    length, written = len(content), bytearray([number << 3 | _BYTES])
+    while length > 127:
+        written.append(length & 127 | 128)
+        length >>= 7
+    return bytes(written) + bytes([length]) + content
 
 
 def _fields(message: bytes, at: int = 0) -> Iterator[tuple[int, int | bytes, bytes]]:

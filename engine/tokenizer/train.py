@@ -1,41 +1,105 @@
 """Training a sentencepiece vocabulary, and the same vocabulary as a Hugging Face tokenizer.json.
 
 sentencepiece's defaults are wrong for a language model: they fold newlines and repeated spaces, normalise the text and
-leave out sentences over 4,192 bytes without a word. Here nothing is normalised, and documents are cut by us.
+leave out sentences over 4,192 bytes without a word. Here nothing is normalised, and documents are cut by us. The same
+texts in the same order give the same bytes, on any number of cores.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import platform
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
+from engine import __version__
 from engine.errors import UserError
+from engine.tokenizer.folder import hash_of
 from engine.tokenizer.sp import SentencePieceTokenizer
+from engine.tokenizer.train_json import as_file, compare, exact_scores, spelling, tokenizer_config, tokenizer_json
+from engine.tokenizer.train_output import ABOUT, CONFIG, JSON, MODEL, place
+from engine.tokenizer.train_report import Figures, measure
+from engine.tokenizer.train_text import BOS, BYTES, EOS, NAMED, PAD, SENTENCE_BYTES, UNK, Survey, sentences, survey
 
-UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"  # ids 0, 1, 2, 3
-_SENTENCE_BYTES = 4192  # sentencepiece's own limit, above which it drops a sentence
-_SPACE = "\u2581"  # how sentencepiece writes a space
-_RESERVED = str.maketrans({"\u2585": " ", "\0": " "})  # its trainer drops sentences that hold one of these
-_MEASURED_BYTES = 8 << 20
+__all__ = ["BOS", "EOS", "MODELS", "PAD", "SPECIAL", "UNK", "TrainReport", "check_request", "sentences", "train"]
+
+MODELS = ("bpe", "unigram")
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+"""ChatML's."""
+_LONGEST_SPECIAL = 100
+_WORST_SHARE = 0.01  # of documents whose ids differ; above it the tokenizer.json would be another vocabulary
+_EVERY_S = 10.0
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What was learned: entries, and on the text it was measured on (its first 8 MiB) coverage and compression."""
+    """What was learned from, and how it fits the first 8 MiB of that."""
 
     vocab_size: int
-    measured_bytes: int
-    bytes_per_token: float
-    covered: float
-    """Share of characters that have a piece of their own; the others are spelled in bytes."""
+    documents: int
+    text_bytes: int
+    replaced: int
+    """Characters that were given to sentencepiece's trainer as spaces, because it can't take them (U+2585 and NUL)."""
+    spelled: int
+    """Control pieces and byte names spelled out in the text, which its trainer skips."""
+    compared: int | None
+    """Documents encoded both by the .model and by the tokenizer.json; None without the package `tokenizers`."""
+    differing: int
+    """Those of them whose ids differ."""
+    json_written: bool
+    figures: Figures
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the measured text."""
+        return self.figures.bytes_per_token
+
+    @property
+    def covered(self) -> float:
+        """Share of characters that have a piece of their own; the others are spelled in bytes."""
+        return self.figures.covered
+
+
+def check_request(vocab_size: int, model: str, special: Sequence[str]) -> None:
+    """Raises UserError for what no text could give."""
+    if model not in MODELS:
+        raise UserError(f'model "{model}" is neither {" nor ".join(MODELS)}')
+    for number, piece in enumerate(special):
+        _check_special(piece)
+        if piece in special[:number]:
+            raise UserError(f"the special piece {piece!r} is given twice")
+    least = len(NAMED) + len(special) + len(BYTES) + 1
+    if vocab_size < least:
+        raise UserError(
+            f"a vocabulary of {vocab_size} cannot be trained: {len(BYTES)} bytes, {len(NAMED) + len(special)} control "
+            f"pieces and the space need {least}, and pieces of text come on top; use a larger --vocab-size"
+        )
+
+
+def _check_special(piece: str) -> None:
+    if not piece:
+        raise UserError("a special piece is empty (look for a comma too many)")
+    if piece in NAMED or piece in BYTES:
+        raise UserError(f"the special piece {piece!r} is in every vocabulary already")
+    if len(piece) > _LONGEST_SPECIAL:
+        raise UserError(f"a special piece of {len(piece)} characters is too long; {_LONGEST_SPECIAL} is the most")
+    if not piece.isprintable() or re.search(r"[\s\u2581\u2585]", piece):
+        raise UserError(f"the special piece {piece!r} holds a space or a character that cannot be seen")
+    if len(piece) == 1 or piece.isalnum():
+        raise UserError(
+            f"the special piece {piece!r} is text, and no piece of text could be spelled so any more; put marks around "
+            f"it: <|{piece}|>"
+        )
 
 
 def train(
@@ -44,66 +108,31 @@ def train(
     *,
     vocab_size: int,
     model: str = "bpe",
-    special: Sequence[str] = ("<|im_start|>", "<|im_end|>"),
+    special: Sequence[str] = SPECIAL,
+    about: Mapping[str, Any] | None = None,
+    say: Say | None = None,
 ) -> TrainReport:
-    """Trains on `documents()` (read three times) and writes tokenizer.model, and for bpe tokenizer.json and its config.
+    """Trains on `documents()` (read four times) and writes tokenizer.model, tokenizer.json with its config, and
+    training.json, which tells how they came about; `about` is added to it. `say` hears now and then that it goes on.
 
-    Raises UserError when the text cannot give vocab_size pieces or there is none."""
-    if model not in ("bpe", "unigram"):
-        raise UserError(f'model "{model}" is neither bpe nor unigram')
-    coverage = _coverage(documents(), vocab_size - 260 - len(special))  # 256 bytes and <unk> <s> </s> <pad>
-    proto = _train_model(sentences(documents()), vocab_size, model, special, coverage)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        _write(output / "tokenizer.model", proto)
-        if model == "bpe":
-            trained = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            _write(output / "tokenizer.json", _json(fast_tokenizer(trained)))
-            _write(output / "tokenizer_config.json", _json(_fast_config()))
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}") from error
-    path = output / "tokenizer.model"
-    return _measure(SentencePieceTokenizer(path, {path.name: path}), documents())
-
-
-def sentences(documents: Iterable[str], limit: int = _SENTENCE_BYTES) -> Iterator[str]:
-    """Documents cut into pieces of at most `limit` bytes of UTF-8: at line ends where possible, else anywhere."""
-    for document in documents:
-        piece: list[str] = []
-        size = 0
-        for line in _short_lines(document.translate(_RESERVED), limit):
-            length = len(line.encode("utf-8"))
-            if size + length > limit:
-                yield "".join(piece)
-                piece, size = [], 0
-            piece.append(line)
-            size += length
-        if piece:
-            yield "".join(piece)
+    Raises UserError when the text cannot give vocab_size pieces, there is none, or the folder cannot be written;
+    nothing is left there then, nor at Ctrl-C. (Ctrl-C leaves sentencepiece's thread running until the process ends.)"""
+    check_request(vocab_size, model, special)
+    found = survey(documents(), special)
+    if not found.text_bytes:
+        raise UserError(f"a vocabulary of {vocab_size} cannot be trained: there is no text to train on")
+    coverage = found.coverage(vocab_size - len(BYTES) - len(NAMED) - len(special))
+    proto = _patiently(lambda: _learn(sentences(documents()), vocab_size, model, special, coverage), say)
+    if model == "unigram":
+        proto = exact_scores(proto)
+    contents, report = _finish(proto, model, found, documents)
+    settings = {"vocab_size": vocab_size, "model": model, "special": list(special), "character_coverage": coverage}
+    contents[ABOUT] = as_file(_about(settings, report, proto, about or {}))
+    place(output, contents)
+    return report
 
 
-def _short_lines(text: str, limit: int) -> Iterator[str]:
-    step = limit // 4  # a character is at most four bytes
-    for line in text.splitlines(keepends=True):
-        if len(line) <= step:
-            yield line
-        else:
-            yield from (line[at : at + step] for at in range(0, len(line), step))
-
-
-def _coverage(documents: Iterable[str], room: int) -> float:
-    """The share of characters to give a piece of their own: nearly all, less where that would fill half the room
-    (Chinese in a small vocabulary). sentencepiece takes no less than 0.98; the rest is spelled in bytes."""
-    counts: Counter[str] = Counter()
-    for document in documents:
-        counts.update(document)
-    common = sum(number for _, number in counts.most_common(max(room // 2, 1)))
-    return min(0.99995, max(0.98, common / max(counts.total(), 1)))
-
-
-def _train_model(
-    texts: Iterator[str], vocab_size: int, model: str, special: Sequence[str], coverage: float
-) -> bytes:
+def _learn(texts: Iterator[str], vocab_size: int, model: str, special: Sequence[str], coverage: float) -> bytes:
     proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -122,117 +151,96 @@ def _train_model(
             allow_whitespace_only_pieces=True,
             split_digits=True,
             character_coverage=coverage,
-            max_sentence_length=_SENTENCE_BYTES,
+            required_chars=spelling(special) if model == "unigram" else "",
+            max_sentence_length=SENTENCE_BYTES,
             num_threads=4,  # a constant: unigram's sums depend on it, and the machine must not
             train_extremely_large_corpus=False,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        said = str(error).strip() or "no text was read"
-        reason = said.splitlines()[-1].rpartition("] ")[2]  # what comes before is sentencepiece's source file and line
-        if "required_chars" in reason:
-            reason = f"the text's characters alone need more ({reason.split('. ')[1]}); use a larger --vocab-size"
-        raise UserError(f"a vocabulary of {vocab_size} cannot be trained: {reason}") from None
+        raise UserError(f"a vocabulary of {vocab_size} cannot be trained: {_reason(str(error))}") from None
     return proto.getvalue()
 
 
-def fast_tokenizer(model: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
-    """The tokenizer.json of a sentencepiece BPE model with byte fallback and a leading space, as Llama's is.
-
-    sentencepiece joins the two neighbours whose join has the best score. Hugging Face wants the joins listed: every
-    way to cut a piece into two pieces, in the order of the pieces' scores."""
-    pieces = [model.IdToPiece(number) for number in range(model.GetPieceSize())]
-    normal = {
-        piece
-        for number, piece in enumerate(pieces)
-        if not (model.IsControl(number) or model.IsUnknown(number) or model.IsByte(number))
-    }
-    ranked = sorted((p for p in normal if len(p) > 1), key=lambda piece: -model.GetScore(model.PieceToId(piece)))
-    cuts = ((piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece)))
-    merges = [f"{left} {right}" for left, right in cuts if left in normal and right in normal]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": number, "content": piece, **flags}
-            for number, piece in enumerate(pieces)
-            if model.IsControl(number) or model.IsUnknown(number)
-        ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": _SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": UNK,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {piece: number for number, piece in enumerate(pieces)},
-            "merges": merges,
-        },
-    }
+def _reason(said: str) -> str:
+    """sentencepiece's message in the user's words."""
+    if high := re.search(r"size too high \(\d+\)\. Please set it to a value <= (\d+)", said):
+        return (f"the text gives no more than {int(high[1])} pieces; lower --vocab-size to {int(high[1])}, or train on "
+                "more text")
+    if low := re.search(r"smaller than required_chars\. \d+ vs (\d+)", said):
+        return (f"the text's characters alone need {low[1]}, and pieces longer than one character come on top; use a "
+                "larger --vocab-size")
+    if "sentences_.empty()" in said:
+        return "the text is nothing but line ends"
+    last = said.strip().splitlines()[-1] if said.strip() else "sentencepiece gives no reason"
+    return last.rpartition("] ")[2] or last  # what comes before is sentencepiece's source file and line
 
 
-def _fast_config() -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "unk_token": UNK,
-        "clean_up_tokenization_spaces": False,  # true would eat spaces before punctuation when decoding
-    }
+def _patiently(work: Callable[[], bytes], say: Say | None) -> bytes:
+    """What `work` gives, run in a thread: this one can say that it goes on, and hears Ctrl-C."""
+    results: list[bytes] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="sentencepiece")
+    begun = said = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+        if say is not None and time.monotonic() - said >= _EVERY_S:
+            said = time.monotonic()
+            say(f"sentencepiece is training: {said - begun:,.0f} s")
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
-def _measure(tokenizer: SentencePieceTokenizer, documents: Iterable[str]) -> TrainReport:
-    total = tokens = characters = covered = 0
-    known: dict[str, bool] = {"\n": tokenizer.token_id("\n") is not None, " ": True}
-    for document in documents:
-        total += len(document.encode("utf-8"))
-        tokens += len(tokenizer.encode(document))
-        characters += len(document)
-        for character in document:
-            if character not in known:
-                known[character] = tokenizer.token_id(character) is not None
-            covered += known[character]
-        if total >= _MEASURED_BYTES:
-            break
-    return TrainReport(
-        vocab_size=tokenizer.vocab_size,
-        measured_bytes=total,
-        bytes_per_token=total / max(tokens, 1),
-        covered=covered / max(characters, 1),
+def _finish(
+    proto: bytes, kind: str, found: Survey, documents: Callable[[], Iterable[str]]
+) -> tuple[dict[str, bytes], TrainReport]:
+    """The files to write, but for training.json, and what the vocabulary is worth."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    contents = {MODEL: proto, JSON: as_file(tokenizer_json(model, kind)), CONFIG: as_file(tokenizer_config())}
+    with tempfile.TemporaryDirectory() as name:
+        paths = {file: Path(name) / file for file in contents}
+        for file, content in contents.items():
+            paths[file].write_bytes(content)
+        figures = measure(SentencePieceTokenizer(paths[MODEL], {MODEL: paths[MODEL]}), model, documents())
+        compared = compare(model, paths[JSON], documents())
+    number, differing = compared or (0, 0)
+    written = differing <= _WORST_SHARE * number
+    if not written:
+        del contents[JSON], contents[CONFIG]
+    report = TrainReport(
+        vocab_size=model.GetPieceSize(),
+        documents=found.documents,
+        text_bytes=found.text_bytes,
+        replaced=found.replaced,
+        spelled=found.spelled,
+        compared=number if compared else None,
+        differing=differing,
+        json_written=written,
+        figures=figures,
     )
+    return contents, report
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _about(
+    settings: Mapping[str, Any], report: TrainReport, proto: bytes, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of training.json. Without times and machines: the same training gives the same file."""
+    return {
+        "format": "triax-vocabulary",
+        "version": 1,
+        "made_by": {"triax": __version__, "sentencepiece": sentencepiece.__version__,
+                    "python": platform.python_version()},
+        "tokenizer": {"hash": hash_of(proto), "vocab_size": report.vocab_size},
+        "settings": settings,
+        **about,
+        "report": asdict(report),
+    }  # fmt: skip
