@@ -1,0 +1,48 @@
+"""What the tests of kernels stand on sees what it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels.language import INTERPRETING, jit, tl
+from tests.kernels.rule import DEVICE, assert_as_good, needs_triton, normal
+
+
+@jit
+def _combine(x, y, out, OPERATION: tl.constexpr):
+    a, b = tl.load(x), tl.load(y)
+    if OPERATION == "add":
+        tl.store(out, a + b)
+    elif OPERATION == "sub":
+        tl.store(out, a - b)
+    else:
+        tl.store(out, a * b)
+
+
+@needs_triton
+@pytest.mark.skipif(not INTERPRETING, reason="compiled kernels do not check for overflow")
+@pytest.mark.parametrize(("operation", "a", "b"), [("add", 2**31 - 1, 1), ("sub", -2**31, 1), ("mul", 2**16, 2**15)])
+def test_a_32_bit_integer_that_overflows_is_an_error_and_a_64_bit_one_is_none(operation: str, a: int, b: int) -> None:
+    def combine(dtype: torch.dtype, b: int) -> int:
+        x, y, out = (torch.tensor(value, dtype=dtype, device=DEVICE) for value in (a, b, 0))
+        _combine[(1,)](x, y, out, operation)
+        return int(out)
+
+    exact: dict[str, Any] = {"add": a + b, "sub": a - b, "mul": a * b}
+    with pytest.raises(Exception, match=f"int32 overflows in {operation}"):
+        combine(torch.int32, b)
+    assert combine(torch.int64, b) == exact[operation]
+    assert combine(torch.int32, 0) == (0 if operation == "mul" else a)
+
+
+def test_a_result_or_a_gradient_that_is_wrong_is_seen() -> None:
+    x = normal(50)
+    assert_as_good(lambda x: x * 1.5, lambda x: x * 1.5, [x], torch.bfloat16)
+    for wrong in (0.02, float("nan")):
+        with pytest.raises(AssertionError, match="result 0"):
+            assert_as_good(lambda x, wrong=wrong: x * 1.5 + wrong, lambda x: x * 1.5, [x], torch.bfloat16)
+    with pytest.raises(AssertionError, match="result 1"):
+        assert_as_good(lambda x: x * 1.5 + 0.02 * (x - x.detach()), lambda x: x * 1.5, [x], torch.bfloat16)
