@@ -203,8 +203,8 @@ def drawn(texts: Sequence[str], megabytes: float) -> Iterator[str]:
 
 def show(title: str, one: dict[str, Any]) -> None:
     """The table of a corpus."""
-    print(f"\n{title}: {one['documents']:,} documents, {one['megabytes']:.1f} MB, {one['tokens']:,} tokens; two workers "
-          f"of triax are {one['two_workers_of_one']:.2f} x one")
+    print(f"\n{title}: {one['documents']:,} documents, {one['megabytes']:.1f} MB, {one['tokens']:,} tokens; two of our "
+          f"workers are {one['two_workers_of_one']:.2f} x one")
     for side, less in one["cpu_times_less"].items():
         if side != OURS:
             print(f"{side} takes {less[1]:.2f} x triax' CPU time with one worker, {less[2]:.2f} x with two")
