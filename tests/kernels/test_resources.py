@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,22 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("arch", [90, 80])
-def test_shared_memory_spills_and_hgmma_at_real_shapes(arch: int) -> None:
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """A process for each architecture, at the same time."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "benchmarks/resources.py", "--arch", str(arch)], cwd=ROOT, env=env,
-                           capture_output=True, text=True)
-    print(found.stdout)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert found.stdout.splitlines()[-1].endswith(" kernels, 0 outside their limits")
+    started = {arch: subprocess.Popen([sys.executable, "benchmarks/resources.py", "--arch", str(arch)], cwd=ROOT,
+                                      env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+               for arch in (90, 80)}
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("arch", [90, 80])
+def test_shared_memory_spills_and_hgmma_at_real_shapes(compilers: dict[int, subprocess.Popen[str]], arch: int) -> None:
+    said, _ = compilers[arch].communicate()
+    print(said)
+    assert compilers[arch].returncode == 0
+    assert said.splitlines()[-1].endswith(" kernels, 0 outside their limits")
