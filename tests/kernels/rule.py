@@ -6,6 +6,7 @@ tests run what was compiled.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -59,6 +60,18 @@ def quicken() -> None:
 
 if INTERPRETING:
     quicken()
+
+
+def crossed(**values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by every combination where kernels are compiled, which they are anew for most of them. In the
+    interpreter, where a dtype or a label changes no path but its own, each value runs with others in turn."""
+    if INTERPRETING:
+        longest = max(map(len, values.values()))
+        rows = [tuple(value[i % len(value)] for value in values.values()) for i in range(longest)]
+    else:
+        rows = list(itertools.product(*values.values()))
+    return pytest.mark.parametrize(tuple(values), rows, ids=["-".join(str(v).split(".")[-1] for v in row)
+                                                             for row in rows])
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:

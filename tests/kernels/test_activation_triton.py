@@ -19,7 +19,7 @@ from engine.kernels.activation import (
     glu_launch,
     swiglu,
 )
-from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, needs_triton, normal
+from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal
 
 # The interpreter computes by numpy, which says what a GPU does not: that 2^t is infinite where the result is 0.
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:overflow encountered in exp2")]
@@ -69,16 +69,14 @@ def odd_layouts(y: torch.Tensor, number: int) -> torch.Tensor:
     return grad.transpose(0, 1).contiguous().transpose(0, 1) if y.ndim > 2 else grad[:1].expand(y.shape)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(shape=SHAPES, dtype=FLOATS)
 @pytest.mark.parametrize(("ours", "plain"), GATED, ids=NAMES)
 def test_gated_units(ours: Gated, plain: Gated, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_good(ours, plain, [normal(*shape)], dtype)
     assert_as_good(ours, plain, [normal(*shape, scale=8.0)], dtype, odd_layouts)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("width", [1, 17, 1300])
+@crossed(width=[1, 17, 1300], dtype=FLOATS)
 def test_bias_and_gelu(width: int, dtype: torch.dtype) -> None:
     for shape, scale, grads in (((3, 5, width), 1.0, odd_layouts), ((1, width), 8.0, None)):
         inputs = [normal(*shape, scale=scale), normal(width, seed=1)]

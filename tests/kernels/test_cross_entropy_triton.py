@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from engine.kernels.cross_entropy import IGNORE, cross_entropy, gradient_, statistics
 from engine.parallel.comm import TorchComm
-from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, needs_triton, normal
+from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal
 
 # The interpreter's numpy tells of infinities and NaN, which here are meant.
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]
@@ -39,11 +39,10 @@ def hold(logits: torch.Tensor, dtype: torch.dtype, z_loss: float = 0.0, grads: A
                    lambda x: formula(x, labels, z_loss), [logits], dtype, grads)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("tokens", "columns", "scale"), [
-    (1, 1, 1.0), (2, 1, 1.0), (3, 7, 1.0), (5, 1024, 50.0), (7, 1025, 1.0), (4, 4099, 3.0), (2, 32003, 1.0)])
-def test_losses_and_gradients_are_as_good_as_torchs(dtype: torch.dtype, tokens: int, columns: int,
-                                                    scale: float) -> None:
+@crossed(logits=[(1, 1, 1.0), (2, 1, 1.0), (3, 7, 1.0), (5, 1024, 50.0), (7, 1025, 1.0), (4, 4099, 3.0),
+                 (2, 32003, 1.0)], dtype=FLOATS)
+def test_losses_and_gradients_are_as_good_as_torchs(logits: tuple[int, int, float], dtype: torch.dtype) -> None:
+    tokens, columns, scale = logits
     hold(normal(tokens, columns, scale=scale), dtype)
 
 
@@ -122,8 +121,7 @@ def test_padding_is_not_seen_and_gets_no_gradient(filling: float) -> None:
     assert (padded.grad[:, 1030:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["sliced", "offset", "transposed", "expanded"])
+@crossed(layout=["sliced", "offset", "transposed", "expanded"], dtype=[torch.float32, torch.bfloat16])
 def test_logits_laid_out_in_other_ways(dtype: torch.dtype, layout: str) -> None:
     views = {"sliced": lambda x: x[:, :90], "offset": lambda x: x[1:7:2, 3:80], "transposed": lambda x: x.t(),
              "expanded": lambda x: x[:1].expand(6, -1)}
@@ -208,8 +206,7 @@ def test_compiled_code_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("by", ["torch", "triton"])
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@crossed(world=[2, 4], dtype=["float32", "bfloat16"])
 def test_ranks_that_share_a_vocabulary_have_the_same_bits(ranks: Any, by: str, world: int, dtype: str) -> None:
     kind = getattr(torch, dtype)
     logits = shared_logits().to(kind).requires_grad_()

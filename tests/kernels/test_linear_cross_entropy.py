@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from engine.kernels.cross_entropy import IGNORE, cross_entropy
 from engine.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy, linear_cross_entropy_loss
 from engine.parallel.comm import TorchComm
-from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, needs_triton, normal
+from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal
 
 VOCAB = 101  # over 2 ranks of 60 columns, or 4 of 40: the last of the four has nothing but padding
 BY = ["torch", pytest.param("triton", marks=needs_triton)]
@@ -34,10 +34,10 @@ def formula(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: 
 
 
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("tokens", "vocab", "chunk"), [(13, VOCAB, None), (13, VOCAB, 4), (1, 1, None), (5, 1100, 1)])
-def test_loss_and_gradients_are_as_good_as_torchs(by: str, dtype: torch.dtype, tokens: int, vocab: int,
-                                                  chunk: int | None) -> None:
+@crossed(case=[(13, VOCAB, None), (13, VOCAB, 4), (1, 1, None), (5, 1100, 1)], dtype=FLOATS)
+def test_loss_and_gradients_are_as_good_as_torchs(by: str, case: tuple[int, int, int | None],
+                                                  dtype: torch.dtype) -> None:
+    tokens, vocab, chunk = case
     labels = labels_for(tokens, vocab)
     assert_as_good(lambda x, w: linear_cross_entropy_loss(x, w, labels, scale=0.3, vocab=vocab, chunk=chunk, by=by),
                    lambda x, w: formula(x, w, labels, 0.3), [normal(tokens, 24), normal(vocab, 24, seed=1)], dtype)
@@ -150,8 +150,7 @@ def test_chunks_of_real_vocabularies_stay_small() -> None:
 
 
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@crossed(world=[2, 4], dtype=["float32", "bfloat16"])
 def test_ranks_that_share_a_vocabulary_add_up_to_one(ranks: Any, by: str, world: int, dtype: str) -> None:
     x, weight = (t.to(getattr(torch, dtype)).double() for t in sharded_inputs())
     x, weight = x.requires_grad_(), weight[:VOCAB].requires_grad_()

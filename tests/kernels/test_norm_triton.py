@@ -10,7 +10,7 @@ import torch
 
 from engine.kernels import norm
 from engine.kernels.norm import add_layer_norm, add_rms_norm, apex_norm, layer_norm, rms_norm, wide
-from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, needs_triton, normal, run
+from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal, run
 
 pytestmark = needs_triton
 EPS = 1e-5
@@ -50,15 +50,13 @@ def narrowed(function: Callable[..., Any], view: Callable[[torch.Tensor], torch.
     return lambda *tensors: function(*(view(t) if t.dim() > 1 else t for t in tensors))
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(shape=SHAPES, dtype=FLOATS)
 @pytest.mark.parametrize("kind", NORMS)
 def test_norms_are_as_near_to_float64_as_torch(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_good(ours(kind), plain(kind), inputs(kind, *shape), dtype)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("scale", [1e-3, 1e4])
+@crossed(scale=[1e-3, 1e4], dtype=FLOATS)
 @pytest.mark.parametrize("kind", NORMS)
 def test_small_and_large_rows_beside_a_row_of_zeros(kind: str, scale: float, dtype: torch.dtype) -> None:
     tensors = inputs(kind, 5, 96, scale=scale)

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from engine.kernels.rope import rope_backward_launch, rope_launch, rope_split, rope_table
-from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, needs_triton, normal
+from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal
 
 pytestmark = needs_triton
 Split = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -50,8 +50,7 @@ def spread(y: torch.Tensor, number: int) -> torch.Tensor:
     return grad[:1].expand(y.shape) if number == 1 else torch.cat([grad, grad], 3)[..., : y.shape[3]]
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(shape=SHAPES, dtype=FLOATS)
 def test_q_and_k_are_turned_and_v_is_left(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     batch, seq, heads, kv_heads, head_dim = shape
     options = *table(seq, head_dim), heads, kv_heads

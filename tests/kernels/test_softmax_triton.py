@@ -9,7 +9,7 @@ import torch
 
 from engine.kernels import softmax
 from engine.kernels.softmax import backward, forward, scaled_masked_softmax
-from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, needs_triton, normal
+from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal
 
 # The interpreter's numpy tells of infinities, which here are meant.
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]
@@ -38,15 +38,13 @@ def mask_of(*shape: int, share: float = 0.6) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("by", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 9, 64), (2, 1, 3, 1025)])
+@crossed(shape=[(1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 9, 64), (2, 1, 3, 1025)], dtype=FLOATS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_all_shapes(by: str, dtype: torch.dtype, shape: tuple[int, ...], causal: bool) -> None:
     hold(normal(*shape, scale=3.0), dtype, causal=causal, by=by)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("mask", [(2, 1, 1, 37), (1, 3, 1, 37), (1, 1, 20, 37), (2, 3, 20, 37)])
+@crossed(mask=[(2, 1, 1, 37), (1, 3, 1, 37), (1, 1, 20, 37), (2, 3, 20, 37)], dtype=FLOATS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_masks_of_every_broadcast_shape(dtype: torch.dtype, mask: tuple[int, ...], causal: bool) -> None:
     hold(normal(2, 3, 20, 37), dtype, mask=mask_of(*mask), causal=causal)
@@ -77,8 +75,7 @@ def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(by: str, causal:
     assert y.isfinite().all() and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("scale", [1.0, -2.0, 0.0])
+@crossed(scale=[1.0, -2.0, 0.0], dtype=FLOATS)
 def test_scores_and_scales_of_any_size(dtype: torch.dtype, scale: float) -> None:
     x = normal(1, 1, 6, 300)
     x[:, :, 1] *= 1e4
@@ -98,9 +95,8 @@ def test_infinite_scores_that_are_not_seen_do_no_harm() -> None:
     assert torch.equal(scaled_masked_softmax(x, 1.0, mask=mask, causal=True, by="triton"), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@crossed(masked=[False, True], dtype=[torch.float32, torch.bfloat16])
 def test_rows_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, causal: bool,
                                  masked: bool) -> None:
     monkeypatch.setattr(softmax, "WIDEST", 64)  # tiles of 32 keys
@@ -111,8 +107,7 @@ def test_rows_of_20000_keys() -> None:
     hold(normal(1, 1, 3, 20000), torch.bfloat16, causal=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["sliced", "heads last", "transposed", "expanded"])
+@crossed(layout=["sliced", "heads last", "transposed", "expanded"], dtype=[torch.float32, torch.bfloat16])
 def test_scores_and_masks_laid_out_in_other_ways(dtype: torch.dtype, layout: str) -> None:
     views = {"sliced": lambda x: x[:, :, 1:7:2, 3:], "heads last": lambda x: x.transpose(1, 2),
              "transposed": lambda x: x.transpose(2, 3), "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1)}
