@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,19 +28,24 @@ FUSED = replace(choose("torch", "sdpa", torch.device("cpu"), torch.float32), nor
                 activation="triton", loss="triton", optimizer="triton", attention="triton")
 STEPS = 2
 FP32 = "--dtype fp32 --lr 1e-3 --layers 2 --seq-len 12 --global-batch 2"
-MODELS = {**toys.MODELS, "documents": f"{toys.MODELS['llama']} --mask-documents"}
+MODELS = {"llama": toys.MODELS["llama"], "documents, tied": f"{toys.MODELS['llama-tied']} --mask-documents",
+          "qwen3": toys.MODELS["qwen3"], "gpt2": toys.MODELS["gpt2"]}
 
 
-def trace(flags: str, kernels: Kernels, mesh: Mesh | None = None) -> verify.Trace:
-    config = toys.make_config(f"{flags} --steps {STEPS}")
-    alone = Mesh(Layout(), 0, dict.fromkeys(AXES, 0))
-    return verify.trace(config, mesh or alone, DEVICE, torch.float32, kernels)
+def trace(flags: str, kernels: Kernels, mesh: Mesh) -> verify.Trace:
+    return verify.trace(toys.make_config(f"{flags} --steps {STEPS}"), mesh, DEVICE, torch.float32, kernels)
+
+
+@cache
+def alone(flags: str, kernels: Kernels) -> verify.Trace:
+    """The run of one process, computed once."""
+    return trace(flags, kernels, Mesh(Layout(), 0, dict.fromkeys(AXES, 0)))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_on_triton_is_the_run_on_torch(model: str) -> None:
     flags = f"{MODELS[model]} {FP32}"
-    found, wanted = trace(flags, FUSED), trace(flags, Kernels())
+    found, wanted = alone(flags, FUSED), alone(flags, Kernels())
     np.testing.assert_allclose(found.curve, wanted.curve, rtol=1e-5)
     errors = verify.gradient_errors(found.gradients, wanted.gradients)
     errors = {name: error for name, error in errors.items() if not name.endswith("k_proj.bias")}  # its truth is zero
@@ -48,7 +54,7 @@ def test_a_run_on_triton_is_the_run_on_torch(model: str) -> None:
 
 def test_recomputed_blocks_give_the_same_bits() -> None:
     flags = f"{toys.MODELS['qwen3']} {FP32}"
-    once, again = trace(flags, FUSED), trace(f"{flags} --recompute", FUSED)
+    once, again = alone(flags, FUSED), alone(f"{flags} --recompute", FUSED)
     assert once.curve == again.curve
 
 
@@ -65,7 +71,7 @@ def tp2(rank: int, world: int, flags: str) -> Any:
 def test_tensor_parallel_triton_equals_one_process(ranks: Any, layout: str) -> None:
     flags = f"{toys.MODELS['llama']} {FP32}"
     (curve, gradients), (other, _) = ranks(2, tp2, flags=f"{flags} {layout}")
-    wanted = trace(flags, FUSED)
+    wanted = alone(flags, FUSED)
     assert curve == other, "ranks report different losses"
     np.testing.assert_allclose(curve, wanted.curve, rtol=1e-5)
     errors = verify.gradient_errors({name: torch.from_numpy(g) for name, g in gradients.items()}, wanted.gradients)
