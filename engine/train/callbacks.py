@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -105,6 +106,7 @@ class CollectGarbage:
         gc.disable()
         gc.collect()
         gc.freeze()  # what lives now (modules, the model) is never looked at again
+        atexit.register(gc.unfreeze)  # else nanobind finds Triton's objects alive at the end, and complains
 
     def after_step(self, record: StepRecord, last: bool) -> None:
         if record.step % self.every == 0:
