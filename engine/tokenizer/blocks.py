@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -16,6 +17,9 @@ WORDS_BLOCK, CHARACTERS_BLOCK = 1 << 19, 1 << 17
 """Characters encoded at a time, by each way of cutting: as many as the arrays fit a processor's cache for."""
 _WINDOW = 1 << 16  # characters of one text encoded apart from its others
 _SPARSE = 16
+ALNUM = string.ascii_letters + string.digits
+ASCII, BEYOND = ("".join(map(chr, range(first, first + 128))) for first in (0, 128))
+"""Byte values as characters: one of BEYOND is a part of a character that is not ASCII."""
 
 Cutter = Callable[[bytes, np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 """UTF-8 of several texts, and where each ends in it -> the bounds and codes that SegmentMemo.ids_of takes."""
@@ -24,9 +28,7 @@ Cutter = Callable[[bytes, np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 class BlockEncoder:
     """Texts to ids by one way of cutting."""
 
-    def __init__(
-        self, memo: SegmentMemo, cutter: Cutter, windows: Callable[[str], Iterator[str]], block: int
-    ) -> None:
+    def __init__(self, memo: SegmentMemo, cutter: Cutter, windows: Callable[[str], Iterator[str]], block: int) -> None:
         """windows: the parts of a long text that may be encoded apart. block: characters encoded at a time."""
         self._memo, self._cutter, self._windows, self._size = memo, cutter, windows, block
 
@@ -69,17 +71,36 @@ class BlockEncoder:
         return ids, np.concatenate(([0], id_ends))[np.searchsorted(bounds, ends)]
 
 
-def at_spaces(text: bytes, ends: np.ndarray) -> tuple[np.ndarray, None]:
-    """Cuts before the first space of every run."""
-    space = np.frombuffer(text, np.uint8) == 0x20
-    begins = np.zeros(len(text) + 1, bool)
-    np.greater(space[1:], space[:-1], out=begins[1:-1])
-    begins[0] = begins[ends] = True
-    return np.flatnonzero(begins), None
+def flags(*classes: str) -> np.ndarray:
+    """For each byte value a bit for each of the classes that it is in as a character below 256, the lowest first."""
+    table = np.zeros(256, np.uint8)
+    for bit, members in enumerate(classes):
+        table[list(members.encode("latin-1"))] |= 1 << bit
+    return table
 
 
-def at_pairs(pairs: SafePairs | None, pieces: Callable[[str], list[str]] | None = None) -> Cutter:
-    """Cuts at every safe pair, and where a pre-tokenizer's pieces end."""
+def ends_of_words(last: np.ndarray, first: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    """UTF-8 [n] -> whether a word ends before each byte, bool [n + 1]: where the flags of the byte before it in `last`
+    and its own in `first` have a class in common."""
+    ends = np.zeros(len(raw) + 1, bool)
+    ends[1:-1] = last.take(raw[:-1]) & first.take(raw[1:])
+    return ends
+
+
+def at_words(ends_of: Callable[[np.ndarray], np.ndarray]) -> Cutter:
+    """Cuts where words end. ends_of: UTF-8 [n] -> bool [n + 1], as `ends_of_words` has it."""
+
+    def cut(text: bytes, ends: np.ndarray) -> tuple[np.ndarray, None]:
+        begins = ends_of(np.frombuffer(text, np.uint8))
+        begins[0] = begins[ends] = True
+        return np.flatnonzero(begins), None
+
+    return cut
+
+
+def at_pairs(pairs: SafePairs | None, pieces: Callable[[bytes, np.ndarray], np.ndarray] | None = None) -> Cutter:
+    """Cuts at every safe pair, and where a pre-tokenizer's pieces end. pieces: UTF-8 of several texts, and where each
+    ends in it -> where all pieces end, in characters."""
 
     def cut(text: bytes, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         whole = text.decode("utf-8")
@@ -91,8 +112,7 @@ def at_pairs(pairs: SafePairs | None, pieces: Callable[[str], list[str]] | None 
         if pairs is not None:
             begins[1:-1] = pairs.safe(codes)
         if pieces is not None:
-            parts = (text[begin:end].decode("utf-8") for begin, end in pairwise([0, *ends.tolist()]))
-            begins[np.cumsum([length for part in parts for length in map(len, pieces(part))], dtype=np.int64)] = True
+            begins[pieces(text, ends)] = True
         begins[0] = begins[ends if place is None else np.searchsorted(place, ends)] = True
         found = np.flatnonzero(begins)
         lone = codes.take(found[:-1])

@@ -29,10 +29,17 @@ _BYTE_OF = {ord(character): byte for byte, character in byte_alphabet().items()}
 class ByteVocabulary:
     """Byte strings, their ids, and which pairs are joined in which order."""
 
-    def __init__(self, ids: Mapping[bytes, int], ranks: Mapping[tuple[bytes, bytes], int] | None = None) -> None:
-        """ranks: of each pair, the lowest is joined first. None, as in tiktoken: a pair's rank is the id of what it
-        makes, and a text that is a piece itself is that piece, however merging would go."""
-        self.ids, self.whole_first = ids, ranks is None
+    def __init__(
+        self,
+        ids: Mapping[bytes, int],
+        ranks: Mapping[tuple[bytes, bytes], int] | None = None,
+        *,
+        whole_first: bool = False,
+    ) -> None:
+        """ranks: of each pair, no two alike; the lowest is joined first. whole_first: a text that is a piece itself is
+        that piece, however merging would go. ranks None, as in tiktoken: a pair's rank is the id of what it makes, and
+        whole_first holds."""
+        self.ids, self.whole_first, self._ranks = ids, whole_first or ranks is None, ranks
         self._rank: Callable[[bytes, bytes], int | None]
         if ranks is None:
             self._rank = lambda left, right: ids.get(left + right)
@@ -44,6 +51,19 @@ class ByteVocabulary:
         if self.whole_first and text in self.ids:
             return [self.ids[text]]
         return [self.ids[part] for part in self.merge(text)]
+
+    def pairs(self, longest: int) -> Mapping[tuple[bytes, bytes], int]:
+        """The pairs that merging may join, with their ranks; those that make more than `longest` bytes may lack."""
+        if self._ranks is not None:
+            return self._ranks
+        ids = self.ids
+        return {
+            (piece[:at], piece[at:]): rank
+            for piece, rank in ids.items()
+            if len(piece) <= longest
+            for at in range(1, len(piece))
+            if (at == 1 or piece[:at] in ids) and (at == len(piece) - 1 or piece[at:] in ids)
+        }
 
     def merge(self, text: bytes) -> list[bytes]:
         """Joins neighbours until none has a rank: always a pair of the lowest rank, the leftmost of several.

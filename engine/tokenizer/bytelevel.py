@@ -12,8 +12,7 @@ from engine.errors import UserError
 from engine.tokenizer.base import Encoder, Tokenizer, check_encodable, token_dtype
 from engine.tokenizer.bpe import ByteVocabulary, read_gpt2, read_tiktoken
 from engine.tokenizer.folder import CONFIG, added_tokens, check_distinct, hash_of, named_tokens, read_object
-from engine.tokenizer.patterns import CL100K, GPT2, KNOWN, O200K, QWEN2, R50K, PatternEncoder, changed_by_cuts
-from engine.tokenizer.safe_pairs import SafeBytePairs
+from engine.tokenizer.patterns import CL100K, GPT2, KNOWN, O200K, QWEN2, R50K, PatternEncoder
 
 END = "<|endoftext|>"
 _FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
@@ -64,15 +63,9 @@ class ByteLevelTokenizer(Tokenizer):
     def _build_memo(self) -> tuple[Encoder | None, str]:
         if self._pattern not in KNOWN:
             return None, "its own merge loop: where this pattern's pieces end is not known, so text is not cut"
-        vocabulary = self._vocabulary
-        whole = vocabulary.whole_first and changed_by_cuts(vocabulary.ids, lambda piece: len(vocabulary.merge(piece)))
-        pairs = None if whole else SafeBytePairs(vocabulary.ids)
-        dtype = token_dtype(self.vocab_size)
-        memo = PatternEncoder(self._pattern, pairs, self._pieces, dtype, self._normalized if self._nfc else None)
+        normalize = self._normalized if self._nfc else None
+        memo = PatternEncoder(self._pattern, self._vocabulary, token_dtype(self.vocab_size), normalize)
         return memo, "memo encoder (exact): each new word is split by the pattern and merged once"
-
-    def _pieces(self, pieces: list[str]) -> list[list[int]]:
-        return [self._vocabulary.encode(piece.encode("utf-8")) for piece in pieces]
 
     def _normalized(self, text: str) -> str:
         return text if text.isascii() else unicodedata.normalize("NFC", text)

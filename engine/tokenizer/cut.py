@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,8 +44,17 @@ class CutEncoder:
         if all(one == " " for one, two in joined if two == " "):
             parts = partial(blocks.windows, breaks=_LONE_SPACE)
             memo = SegmentMemo(self._characters.spans, dtype)
-            self._words = BlockEncoder(memo, blocks.at_spaces, parts, blocks.WORDS_BLOCK)
+            self._words = BlockEncoder(memo, blocks.at_words(_ends_of_words(joined)), parts, blocks.WORDS_BLOCK)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text as bytes. Raises UnicodeEncodeError for a lone surrogate."""
         return by_density([self._normalize(text) if text else "" for text in texts], self._words, self._characters)
+
+
+def _ends_of_words(joined: Collection[tuple[str, str]]) -> Callable[[np.ndarray], np.ndarray]:
+    """Words end before the first space of every run, and where an ASCII letter or digit is followed by an ASCII sign
+    that stands behind none in any piece."""
+    behind = {two for one, two in joined if one in blocks.ALNUM}
+    signs = "".join({*blocks.ASCII} - {*blocks.ALNUM, *behind})
+    last = blocks.flags(blocks.ASCII.replace(" ", "") + blocks.BEYOND, blocks.ALNUM)
+    return partial(blocks.ends_of_words, last, blocks.flags(" ", signs))

@@ -11,24 +11,21 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.tokenizer.base import Encoder, Tokenizer, check_encodable, token_dtype
-from engine.tokenizer.bpe import byte_alphabet
 from engine.tokenizer.cut import SPACE, CutEncoder
 from engine.tokenizer.folder import hash_of, named_tokens
 from engine.tokenizer.json_file import (
     CannotCut,
     Json,
     Plan,
+    byte_vocabulary,
     merge_pairs,
     plan,
     read_tokenizer_json,
     steps_of,
     text_tokens,
 )
-from engine.tokenizer.patterns import PatternEncoder, changed_by_cuts, doubtful
-from engine.tokenizer.safe_pairs import SafeBytePairs
+from engine.tokenizer.patterns import PatternEncoder, doubtful
 
-_SHOWN = byte_alphabet()
-_BYTE_OF = {character: byte for byte, character in _SHOWN.items()}
 _WORD = re.compile(f"{SPACE}[^{SPACE}]*|[^{SPACE}]+")
 
 
@@ -71,11 +68,13 @@ class FastTokenizer(Tokenizer):
             how = plan(content)
         except CannotCut as reason:
             return None, f"tokenizers itself: {reason}"
-        memo = self._spaced(content, how) if how.pattern is None else self._byte_level(how, how.pattern)
-        prepare = self._normalizer(content) if how.pattern is not None else str
         looked_for = [token["content"].replace(SPACE, " ") for token in text_tokens(content)]
-        guarded = _Guarded(memo, self, prepare, looked_for, classed=how.pattern is not None)
-        return guarded, "memo encoder (exact): tokenizers encodes each new segment between safe cuts once"
+        if how.pattern is None:
+            guarded = _Guarded(self._spaced(content, how), self, str, looked_for, classed=False)
+            return guarded, "memo encoder (exact): tokenizers encodes each new segment between safe cuts once"
+        memo = self._byte_level(content["model"], how, how.pattern)
+        guarded = _Guarded(memo, self, self._normalizer(content), looked_for, classed=True)
+        return guarded, "memo encoder (exact): each new word is split by the pattern and merged once"
 
     def _spaced(self, content: Json, how: Plan) -> Encoder:
         """Of a vocabulary that writes a space as U+2581."""
@@ -95,33 +94,17 @@ class FastTokenizer(Tokenizer):
 
         return CutEncoder(pieces, encode, normalize, token_dtype(self.vocab_size))
 
-    def _byte_level(self, how: Plan, pattern: str) -> Encoder:
+    def _byte_level(self, model: Json, how: Plan, pattern: str) -> Encoder:
         """Of a vocabulary of bytes behind a pattern."""
-        pairs = None if self._changed_by_cuts() else SafeBytePairs(map(_to_bytes, self._tokenizer.get_vocab(False)))
-
-        def encode(segments: list[str]) -> list[list[int]]:
-            return self._segments([one.encode().decode("latin-1").translate(_SHOWN) for one in segments])
 
         def normalize(text: str) -> str:
             return " " + text if how.prefix == "unless" and text and not text.startswith(" ") else text
 
-        return PatternEncoder(pattern, pairs, encode, token_dtype(self.vocab_size), normalize)
+        return PatternEncoder(pattern, byte_vocabulary(model), token_dtype(self.vocab_size), normalize)
 
     def _segments(self, segments: list[str]) -> list[list[int]]:
         tokenize = self._tokenizer.model.tokenize
         return [[token.id for token in tokenize(segment)] for segment in segments]
-
-    def _changed_by_cuts(self) -> bool:
-        """See `changed_by_cuts`; only with ignore_merges is a whole piece looked up first."""
-        model = self._tokenizer.model
-        if not getattr(model, "ignore_merges", False):
-            return False
-        entries = {_to_bytes(piece): piece for piece in self._tokenizer.get_vocab(False)}
-        try:
-            model.ignore_merges = False  # of the one model that there is, so it has to be set back
-            return changed_by_cuts(entries, lambda piece: len(model.tokenize(entries[piece])))
-        finally:
-            model.ignore_merges = True
 
     def _normalizer(self, content: Json) -> Callable[[str], str]:
         """The file's own normalizer, passed by where it cannot change anything."""
@@ -166,14 +149,6 @@ class _Guarded:
             if any(token in one for token in self._looked_for for one in shown):
                 return True
         return self._classed and doubtful(text)
-
-
-def _to_bytes(piece: str) -> bytes:
-    """An entry as bytes; none for those that are not written in the alphabet of bytes."""
-    try:
-        return bytes(_BYTE_OF[character] for character in piece)
-    except KeyError:
-        return b""
 
 
 def _read(path: Path) -> Any:

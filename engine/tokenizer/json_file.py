@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.tokenizer.bpe import UTF8_BYTES, byte_alphabet
+from engine.tokenizer.bpe import UTF8_BYTES, ByteVocabulary, byte_alphabet
 from engine.tokenizer.cut import SPACE
 from engine.tokenizer.folder import check_ids, read_object
 from engine.tokenizer.patterns import GPT2, LLAMA3, O200K, QWEN2
 
 Json = Mapping[str, Any]
+_BYTE_OF = {character: byte for byte, character in byte_alphabet().items()}
 _READ_ALIKE = (GPT2, LLAMA3, QWEN2, O200K)
 """Patterns that mean the same to the package regex and to the engine in `tokenizers`. In others `{1,3}+` or `$` do not:
 to the one the first never gives back what it took, to the other it repeats."""
@@ -69,6 +70,15 @@ def merge_pairs(model: Json) -> list[tuple[str, str]]:
     """The merges, which older files write as "a b" and newer ones as ["a", "b"]."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
     return [(one, two) for one, two in pairs]
+
+
+def byte_vocabulary(model: Json) -> ByteVocabulary:
+    """The vocabulary of a byte-level model; what is not written in the alphabet of bytes is part of no text."""
+    ids = {_to_bytes(piece): number for piece, number in model["vocab"].items()}
+    ranks = {(_to_bytes(one), _to_bytes(two)): rank for rank, (one, two) in enumerate(merge_pairs(model))}
+    ids.pop(b"", None)
+    ranks = {pair: rank for pair, rank in ranks.items() if all(pair)}
+    return ByteVocabulary(ids, ranks, whole_first=bool(model.get("ignore_merges")))
 
 
 def plan(content: Json) -> Plan:
@@ -136,6 +146,14 @@ def steps_of(part: Any, name: str) -> list[Json]:
     if part is None:
         return []
     return list(part.get(name) or []) if part.get("type") == "Sequence" else [part]
+
+
+def _to_bytes(piece: str) -> bytes:
+    """An entry as bytes; none for those that are not written in the alphabet of bytes."""
+    try:
+        return bytes(_BYTE_OF[character] for character in piece)
+    except KeyError:
+        return b""
 
 
 def _added(content: Json) -> list[Json]:

@@ -6,14 +6,30 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import regex
 
-from engine.tokenizer.blocks import CHARACTERS_BLOCK, WORDS_BLOCK, BlockEncoder, at_pairs, by_density, windows
-from engine.tokenizer.safe_pairs import CODE_POINTS, SafePairs
-from engine.tokenizer.segments import Ids, SegmentMemo, flat_ids, substrings
+from engine.tokenizer.blocks import (
+    ALNUM,
+    ASCII,
+    BEYOND,
+    CHARACTERS_BLOCK,
+    WORDS_BLOCK,
+    BlockEncoder,
+    at_pairs,
+    at_words,
+    by_density,
+    ends_of_words,
+    flags,
+    windows,
+)
+from engine.tokenizer.bpe import ByteVocabulary
+from engine.tokenizer.merge import BatchMerge
+from engine.tokenizer.safe_pairs import CODE_POINTS, SafeBytePairs
+from engine.tokenizer.segments import SegmentMemo
 
 _SPACES = r"|\s+(?!\S)|\s+"
 _CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -44,30 +60,34 @@ _OTHER_SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2028\u2029\u202f\
     map(chr, range(0x2000, 0x200B))
 )
 _SPACE_BYTES = {
-    length: [int.from_bytes(one.encode()) for one in " " + _OTHER_SPACES if len(one.encode()) == length]
-    for length in (1, 2, 3)
+    length: [int.from_bytes(one.encode()) for one in _OTHER_SPACES if len(one.encode()) == length] for length in (2, 3)
 }
+
+_LAST = flags(regex.sub(f"[ {_OTHER_SPACES}]", "", ASCII) + BEYOND, ALNUM)
+_FIRST = flags(" ", regex.sub("[A-Za-z0-9']", "", ASCII))
 
 
 class PatternEncoder:
-    """Cuts text before spaces; behind that by the pattern, and its pieces at safe pairs."""
+    """Cuts text at the ends of words; behind that by the pattern, and its pieces at safe pairs."""
 
     def __init__(
         self,
         pattern: str,
-        pairs: SafePairs | None,
-        encode: Callable[[list[str]], Iterable[Ids]],
+        vocabulary: ByteVocabulary,
         dtype: np.dtype[Any],
         normalize: Callable[[str], str] | None = None,
     ) -> None:
-        """pattern: one of KNOWN. pairs: where a piece may be cut further. encode: pieces or their parts to ids."""
+        """pattern: one of KNOWN. dtype: of the ids."""
         self._normalize = normalize
-        memo = SegmentMemo(lambda *spans: flat_ids(encode(substrings(*spans)), dtype), dtype)
-        cutter = at_pairs(pairs, regex.compile(pattern).findall)
+        merge = BatchMerge(vocabulary, dtype)
+        whole = vocabulary.whole_first and changed_by_cuts(merge.not_made())
+        pairs = None if whole else SafeBytePairs(vocabulary.ids)
+        memo = SegmentMemo(merge, dtype)
+        cutter = at_pairs(pairs, partial(_ends_of_pieces, regex.compile(pattern).findall))
         parts = partial(windows, breaks=_BREAK)
         self._pieces = BlockEncoder(memo, cutter, parts, CHARACTERS_BLOCK)
         words = SegmentMemo(self._pieces.spans, dtype)
-        self._words = BlockEncoder(words, _at_words, parts, WORDS_BLOCK)
+        self._words = BlockEncoder(words, at_words(_ends_of_words), parts, WORDS_BLOCK)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text as bytes. Raises UnicodeEncodeError for a lone surrogate."""
@@ -75,34 +95,35 @@ class PatternEncoder:
         return by_density(ready, self._words, self._pieces)
 
 
-def _at_words(text: bytes, ends: np.ndarray) -> tuple[np.ndarray, None]:
-    """Cuts before spaces that follow something else than whitespace: there a pattern's piece never goes on. Inside of
-    whitespace it may."""
-    raw = np.frombuffer(text, np.uint8)
-    at = np.flatnonzero(raw[1:] == 0x20) + 1
-    last = raw.take(at - 1)
-    white = np.isin(last, _SPACE_BYTES[1])
-    wide = np.flatnonzero(last >= 0x80)
-    if len(wide):
-        before = at[wide]
-        two = raw.take(before - 2).astype(np.int64) << 8 | raw.take(before - 1)
-        three = raw.take(before - 3, mode="clip").astype(np.int64) << 16 | two
-        white[wide] = np.isin(two, _SPACE_BYTES[2]) | np.isin(three, _SPACE_BYTES[3])
-    begins = np.zeros(len(raw) + 1, bool)
-    begins[0] = begins[ends] = begins[at[~white]] = True
-    return np.flatnonzero(begins), None
+def _ends_of_words(raw: np.ndarray) -> np.ndarray:
+    """UTF-8 [n] -> at which bytes a known pattern's piece ends whatever stands around, bool [n + 1]: before spaces that
+    follow something else than whitespace (inside of whitespace a piece may go on), and where an ASCII letter or digit
+    is followed by an ASCII sign or whitespace, but for the apostrophe of "don't"."""
+    found = ends_of_words(_LAST, _FIRST, raw)
+    at = np.flatnonzero(found[:-1] & (raw == 0x20))
+    at = at[raw[at - 1] >= 0x80]
+    two = raw[at - 2].astype(np.int64) << 8 | raw[at - 1]
+    three = raw.take(at - 3, mode="clip").astype(np.int64) << 16 | two
+    found[at] = ~(np.isin(two, _SPACE_BYTES[2]) | np.isin(three, _SPACE_BYTES[3]))
+    return found
 
 
-def changed_by_cuts(pieces: Iterable[bytes], merged: Callable[[bytes], int]) -> bool:
+def _ends_of_pieces(split: Callable[[str], list[str]], text: bytes, ends: np.ndarray) -> np.ndarray:
+    """Where the pieces of several texts end, in characters. Texts that are ends of words anyway are split as one."""
+    apart = ends[~_ends_of_words(np.frombuffer(text, np.uint8))[ends]]
+    parts = (text[begin:end].decode("utf-8") for begin, end in pairwise([0, *apart.tolist()]))
+    return np.cumsum([length for part in parts for length in map(len, split(part))], dtype=np.int64)
+
+
+def changed_by_cuts(not_made: Iterable[bytes]) -> bool:
     """Whether cutting could change the ids of a vocabulary that looks a whole piece up before it merges. For parts of
-    pieces that is only the same where merging makes each entry from its bytes. merged: into how many parts it does.
+    pieces that is only the same where merging makes each entry from its bytes. not_made: the entries that it does not.
 
     Entries that are no text, or go on from a letter to a sign, as "<|endoftext|>", are part of no pattern's piece."""
-    for piece in pieces:
-        if merged(piece) > 1:
-            with suppress(UnicodeDecodeError):
-                if not _NEVER_INSIDE.search(piece.decode("utf-8")):
-                    return True
+    for piece in not_made:
+        with suppress(UnicodeDecodeError):
+            if not _NEVER_INSIDE.search(piece.decode("utf-8")):
+                return True
     return False
 
 

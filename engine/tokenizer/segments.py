@@ -32,6 +32,7 @@ _LONG = len(_WIDTHS)
 _KINDS = np.repeat(np.arange(_LONG + 1, dtype=np.uint8), (16, 16, 32, 1))  # which of them has a length's keys
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], "<u8")  # keeps the first 0 to 8 bytes
 _FIRST_SLOTS = 1 << 12
+_LARGE = 1 << 20  # numbers in keys: up to there a table grows fourfold, which saves time, then twofold, for memory
 
 
 class _Characters:
@@ -45,11 +46,11 @@ class _Characters:
         return keys[0]
 
     def insert(self, keys: np.ndarray, start: np.ndarray, count: np.ndarray) -> None:
-        """See _Table.insert."""
+        """See Table.insert."""
         self.start[keys[0]], self.count[keys[0]] = start, count
 
 
-class _Table:
+class Table:
     """Keys [width, n] -> where their ids begin and how many they are. Open addressing, at most half full, going on by
     1, 2, 3.. slots. The multipliers are odd and random (Dietzfelbinger et al. 1997), so that no text can be made to
     collide."""
@@ -90,7 +91,8 @@ class _Table:
         if 2 * self._used > len(self.start):
             old, begin, size = self._keys, self.start, self.count
             taken = np.flatnonzero(old[-1])
-            self._resize(1 << int(4 * self._used - 1).bit_length())
+            slots = 1 << int(2 * self._used - 1).bit_length()
+            self._resize(slots if slots * self._width > _LARGE else 2 * slots)
             self._place(old[:, taken], begin[taken], size[taken])
         self._place(keys, start, count)
 
@@ -142,7 +144,7 @@ class _Block:
 class _Unknown:
     """Segments that a table did not hold."""
 
-    table: _Table | _Characters
+    table: Table | _Characters
     keys: np.ndarray  # [width, n]
     where: np.ndarray  # which of the block's segments they are [n]
 
@@ -155,7 +157,7 @@ class SegmentMemo:
         may take, LIMIT_BYTES by default."""
         self._encode, self._dtype = encode, dtype
         self._limit = LIMIT_BYTES if limit_bytes is None else limit_bytes
-        self._tables: list[_Table]
+        self._tables: list[Table]
         self._characters: _Characters | None
         self._ids: np.ndarray
         self._filled: int  # how much of it is in use
@@ -191,7 +193,7 @@ class SegmentMemo:
             self._clear()
         return gathered(source, block.offset, block.count)
 
-    def _look_up(self, block: _Block, table: _Table, keys: np.ndarray, which: np.ndarray) -> list[_Unknown]:
+    def _look_up(self, block: _Block, table: Table, keys: np.ndarray, which: np.ndarray) -> list[_Unknown]:
         slot = table.find(keys)
         block.offset[which], block.count[which] = table.start.take(slot), table.count.take(slot)
         missing = np.flatnonzero(slot < 0)
@@ -227,7 +229,7 @@ class SegmentMemo:
         self._filled = end
 
     def _clear(self) -> None:
-        self._tables, self._characters = [_Table(width) for width in _WIDTHS], None
+        self._tables, self._characters = [Table(width) for width in _WIDTHS], None
         self._ids, self._filled = np.empty(0, self._dtype), 0
 
 

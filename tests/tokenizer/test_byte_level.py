@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ from hypothesis import strategies as st
 
 from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.tokenizer.bpe import ByteVocabulary, byte_alphabet, read_gpt2
-from engine.tokenizer.patterns import _OTHER_SPACES, CL100K, GPT2, KNOWN, LLAMA3, O200K, QWEN2, R50K, doubtful
+from engine.tokenizer.patterns import (
+    _OTHER_SPACES,
+    CL100K,
+    GPT2,
+    KNOWN,
+    LLAMA3,
+    O200K,
+    QWEN2,
+    R50K,
+    _ends_of_words,
+    doubtful,
+)
 from engine.tokenizer.safe_pairs import SafeBytePairs
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,6 +41,7 @@ tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
 DOCUMENTS = texts.corpus()
+SPLITS = [regex.compile(pattern).findall for pattern in sorted(KNOWN)]
 END = "<|endoftext|>"
 
 
@@ -142,6 +155,18 @@ def test_an_entry_that_merging_never_makes_is_still_found_whole(pair: Path, tmp_
     ours.verify_sample(["zq", "zqz zq zqz", "数看", "看数看 数看", *samples()])
 
 
+def test_of_a_merge_that_is_listed_twice_the_later_place_counts(pair: Path, tmp_path: Path) -> None:
+    content = json.loads(rust(pair).to_str())
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = merges + merges[5:60:3]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours = load_tokenizer(str(tmp_path))
+    assert ours.describe().startswith("memo encoder (exact)")
+    ours.verify_sample(samples())
+    plain = rust(pair)
+    assert any(ours.encode(text) != plain.encode(text).ids for text in samples())
+
+
 @pytest.mark.parametrize("pattern", [r"\w+|\W+", CL100K, R50K])
 @pytest.mark.parametrize("bytes_follow", [True, False])
 def test_other_pre_tokenizers_are_left_to_tokenizers(
@@ -197,6 +222,34 @@ def test_no_known_pattern_goes_on_into_a_space_and_all_of_the_text_is_kept(patte
         pieces = split(text)
         assert "".join(pieces) == text
         assert not any(regex.search(r"\S ", piece) for piece in pieces)
+
+
+@pytest.mark.parametrize("pattern", sorted(KNOWN))
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_words_of_any_text_are_split_apart_as_together(pattern: str, data: st.DataObject) -> None:
+    """Where a word ends, a piece does, whatever stands around."""
+    split = regex.compile(pattern).findall
+    odd = ["\x85", "\xa0", "\u3000", "é", "数", "ſ", "\u0301", "²", "\0", "\x1c"]
+    likely = st.sampled_from([*" \n\r\t'sldvetrmSLD19-,.(\"/_", *odd])
+    ascii_all = st.integers(0, 127).map(chr)
+    for text in data.draw(st.lists(st.lists(likely | ascii_all, max_size=30).map("".join), max_size=4)):
+        raw = text.encode()
+        ends = np.flatnonzero(_ends_of_words(np.frombuffer(raw, np.uint8))).tolist()
+        words = [raw[begin:end].decode() for begin, end in pairwise([0, *ends, len(raw)])]
+        assert [piece for word in words for piece in split(word)] == split(text)
+
+
+def test_every_two_ascii_characters_that_end_a_word_end_a_piece_in_all_patterns() -> None:
+    found = 0
+    for one, two in product(map(chr, range(128)), repeat=2):
+        if _ends_of_words(np.frombuffer((one + two).encode(), np.uint8))[1]:
+            found += 1
+            for before, after in product(("", "a", " ", "'"), repeat=2):
+                text = before + one + two + after
+                for split in SPLITS:
+                    assert split(text) == split(before + one) + split(two + after), text
+    assert found > 62 * 60 + 60
 
 
 def test_every_space_that_a_pattern_may_go_on_from_is_known() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from engine.tokenizer import segments
+from engine.tokenizer.cut import _ends_of_words
 from engine.tokenizer.segments import PADDING, SegmentMemo, flat_ids, substrings
 
 DTYPE = np.dtype("<i4")
@@ -62,7 +64,7 @@ def test_every_length_up_to_and_over_the_longest_key() -> None:
 
 
 def test_keys_that_all_fall_on_one_slot_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments._Table, "_home", lambda self, keys: np.zeros(keys.shape[1], np.int64))
+    monkeypatch.setattr(segments.Table, "_home", lambda self, keys: np.zeros(keys.shape[1], np.int64))
     model = Model()
     memo = SegmentMemo(model, DTYPE)
     sample = [f"{number}" for number in range(300)] * 2
@@ -93,3 +95,13 @@ def test_a_full_memo_starts_anew() -> None:
         assert look_up(memo, sample) == [model.ids(part) for part in sample]
         assert sum(table.nbytes for table in memo._tables) + memo._ids.nbytes <= 1 << 20
     assert len(set(model.asked)) < len(model.asked)
+
+
+def test_words_end_at_signs_that_no_piece_has_behind_a_letter() -> None:
+    ends = _ends_of_words({(" ", "a"), ("a", ","), ("1", "\n"), (".", "!"), ("é", "?")})
+    for text, words in {"ab cd": ["ab", " cd"], "a  b ": ["a", "  b", " "], "a,b.c": ["a,b", ".c"],
+                        "a.!": ["a", ".!"], "x?é?": ["x", "?é?"], "é b": ["é", " b"], "1\n2\t": ["1\n2", "\t"],
+                        "a": ["a"], "": [""]}.items():  # fmt: skip
+        raw = text.encode()
+        at = np.flatnonzero(ends(np.frombuffer(raw, np.uint8))).tolist()
+        assert [raw[begin:end].decode() for begin, end in pairwise([0, *at, len(raw)])] == words
