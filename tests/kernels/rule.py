@@ -70,7 +70,7 @@ def crossed(**values: Sequence[Any]) -> pytest.MarkDecorator:
         rows = [tuple(value[i % len(value)] for value in values.values()) for i in range(longest)]
     else:
         rows = list(itertools.product(*values.values()))
-    return pytest.mark.parametrize(tuple(values), rows, ids=["-".join(str(v).split(".")[-1] for v in row)
+    return pytest.mark.parametrize(tuple(values), rows, ids=["-".join(str(v).removeprefix("torch.") for v in row)
                                                              for row in rows])
 
 

@@ -27,6 +27,7 @@ LAYOUTS = {
     "tp2-dp2-sp": (4, "--tp 2 --sequence-parallel --micro-batch 2"),
     "tp2-pp2-dp2-sp": (8, "--tp 2 --pp 2 --sequence-parallel"),
     "pp2-interleaved": (2, "--pp 2 --virtual-stages 2 --schedule interleaved"), "recompute": (1, "--recompute"),
+    "interleaved": (1, "--virtual-stages 2 --schedule interleaved"),
     "tp2-sp-recompute": (2, f"--tp 2 --sequence-parallel --recompute {MICRO4}"), "dp4": (4, ""),
 }
 # Every layout trains a llama (no biases, embeddings not tied) and a gpt2 (biases everywhere, tied embeddings). The two
