@@ -31,8 +31,8 @@ from engine.data.inputs import (
     text,
 )
 from engine.data.inputs.read import open_meter
-from engine.data.readers import read_documents
 from engine.errors import UserError
+from engine.tokenizer.sample import SampleSettings, draw_sample
 
 Items = list[Document | Fault | LeftOut]
 ROWS = [f"row {n} äöü 中文 {'x' * (n * 7 % 40)}" for n in range(60)]
@@ -382,7 +382,7 @@ def test_one_bad_line_one_surrogate_one_cut_gzip_never_hang(tmp_path: Path) -> N
     put(tmp_path / "c.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 100)[:-9])
     for name, line, message in [("a.jsonl", 2, "not JSON"), ("b.jsonl", 1, "surrogate"), ("c.jsonl.gz", 101, "cut")]:
         with pytest.raises(UserError, match=f"{name}:{line}: .*{message}"):
-            list(read_documents([str(tmp_path / name)]))
+            draw_sample(SampleSettings(inputs=[str(tmp_path / name)]))
     assert time.monotonic() - begun < 60
 
 
