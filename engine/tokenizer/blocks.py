@@ -16,7 +16,7 @@ from engine.tokenizer.segments import PADDING, SegmentMemo, gathered
 WORDS_BLOCK, CHARACTERS_BLOCK = 1 << 19, 1 << 17
 """Characters encoded at a time, by each way of cutting: as many as the arrays fit a processor's cache for."""
 _WINDOW = 1 << 16  # characters of one text encoded apart from its others
-_SPARSE = 16
+_SPARSE, _BEGINNING = 32, 1 << 12
 ALNUM = string.ascii_letters + string.digits
 ASCII, BEYOND = ("".join(map(chr, range(first, first + 128))) for first in (0, 128))
 """Byte values as characters: one of BEYOND is a part of a character that is not ASCII."""
@@ -71,27 +71,29 @@ class BlockEncoder:
         return ids, np.concatenate(([0], id_ends))[np.searchsorted(bounds, ends)]
 
 
-def flags(*classes: str) -> np.ndarray:
+def flags(*classes: str) -> bytes:
     """For each byte value a bit for each of the classes that it is in as a character below 256, the lowest first."""
-    table = np.zeros(256, np.uint8)
+    table = bytearray(256)
     for bit, members in enumerate(classes):
-        table[list(members.encode("latin-1"))] |= 1 << bit
-    return table
+        for byte in members.encode("latin-1"):
+            table[byte] |= 1 << bit
+    return bytes(table)
 
 
-def ends_of_words(last: np.ndarray, first: np.ndarray, raw: np.ndarray) -> np.ndarray:
+def ends_of_words(last: bytes, first: bytes, text: bytes) -> np.ndarray:
     """UTF-8 [n] -> whether a word ends before each byte, bool [n + 1]: where the flags of the byte before it in `last`
     and its own in `first` have a class in common."""
-    ends = np.zeros(len(raw) + 1, bool)
-    ends[1:-1] = last.take(raw[:-1]) & first.take(raw[1:])
+    ends = np.zeros(len(text) + 1, bool)
+    one, two = (np.frombuffer(text.translate(table), np.uint8) for table in (last, first))
+    ends[1:-1] = one[:-1] & two[1:]
     return ends
 
 
-def at_words(ends_of: Callable[[np.ndarray], np.ndarray]) -> Cutter:
+def at_words(ends_of: Callable[[bytes], np.ndarray]) -> Cutter:
     """Cuts where words end. ends_of: UTF-8 [n] -> bool [n + 1], as `ends_of_words` has it."""
 
     def cut(text: bytes, ends: np.ndarray) -> tuple[np.ndarray, None]:
-        begins = ends_of(np.frombuffer(text, np.uint8))
+        begins = ends_of(text)
         begins[0] = begins[ends] = True
         return np.flatnonzero(begins), None
 
@@ -132,8 +134,8 @@ def windows(text: str, breaks: re.Pattern[str] | regex.Pattern[str]) -> Iterator
 
 
 def by_density(texts: Sequence[str], words: BlockEncoder, characters: BlockEncoder) -> list[bytes]:
-    """Texts that have a space in every few characters by words, the others by characters: each the quicker way."""
-    worded = [text.count(" ") * _SPARSE >= len(text) for text in texts]
+    """Texts that begin with a space in every few characters by words, the others by characters: the quicker way."""
+    worded = [text.count(" ", 0, _BEGINNING) * _SPARSE >= min(len(text), _BEGINNING) for text in texts]
     some = iter(words.encode([text for text, one in zip(texts, worded, strict=True) if one]))
     others = iter(characters.encode([text for text, one in zip(texts, worded, strict=True) if not one]))
     return [next(some) if one else next(others) for one in worded]

@@ -51,7 +51,7 @@ class CutEncoder:
         return by_density([self._normalize(text) if text else "" for text in texts], self._words, self._characters)
 
 
-def _ends_of_words(joined: Collection[tuple[str, str]]) -> Callable[[np.ndarray], np.ndarray]:
+def _ends_of_words(joined: Collection[tuple[str, str]]) -> Callable[[bytes], np.ndarray]:
     """Words end before the first space of every run, and where an ASCII letter or digit is followed by an ASCII sign
     that stands behind none in any piece."""
     behind = {two for one, two in joined if one in blocks.ALNUM}

@@ -95,13 +95,14 @@ class PatternEncoder:
         return by_density(ready, self._words, self._pieces)
 
 
-def _ends_of_words(raw: np.ndarray) -> np.ndarray:
+def _ends_of_words(text: bytes) -> np.ndarray:
     """UTF-8 [n] -> at which bytes a known pattern's piece ends whatever stands around, bool [n + 1]: before spaces that
     follow something else than whitespace (inside of whitespace a piece may go on), and where an ASCII letter or digit
     is followed by an ASCII sign or whitespace, but for the apostrophe of "don't"."""
-    found = ends_of_words(_LAST, _FIRST, raw)
-    at = np.flatnonzero(found[:-1] & (raw == 0x20))
-    at = at[raw[at - 1] >= 0x80]
+    found, raw = ends_of_words(_LAST, _FIRST, text), np.frombuffer(text, np.uint8)
+    if text.isascii():
+        return found
+    at = np.flatnonzero((raw[1:] == 0x20) & (raw[:-1] >= 0x80)) + 1
     two = raw[at - 2].astype(np.int64) << 8 | raw[at - 1]
     three = raw.take(at - 3, mode="clip").astype(np.int64) << 16 | two
     found[at] = ~(np.isin(two, _SPACE_BYTES[2]) | np.isin(three, _SPACE_BYTES[3]))
@@ -110,7 +111,7 @@ def _ends_of_words(raw: np.ndarray) -> np.ndarray:
 
 def _ends_of_pieces(split: Callable[[str], list[str]], text: bytes, ends: np.ndarray) -> np.ndarray:
     """Where the pieces of several texts end, in characters. Texts that are ends of words anyway are split as one."""
-    apart = ends[~_ends_of_words(np.frombuffer(text, np.uint8))[ends]]
+    apart = ends[~_ends_of_words(text)[ends]]
     parts = (text[begin:end].decode("utf-8") for begin, end in pairwise([0, *apart.tolist()]))
     return np.cumsum([length for part in parts for length in map(len, split(part))], dtype=np.int64)
 
