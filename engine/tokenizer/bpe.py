@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 
@@ -52,18 +52,16 @@ class ByteVocabulary:
             return [self.ids[text]]
         return [self.ids[part] for part in self.merge(text)]
 
-    def pairs(self, longest: int) -> Mapping[tuple[bytes, bytes], int]:
-        """The pairs that merging may join, with their ranks; those that make more than `longest` bytes may lack."""
+    def pairs(self, longest: int) -> Iterator[tuple[bytes, bytes, int]]:
+        """The pairs that merging may join, and their ranks; those that make more than `longest` bytes may lack."""
         if self._ranks is not None:
-            return self._ranks
-        ids = self.ids
-        return {
-            (piece[:at], piece[at:]): rank
-            for piece, rank in ids.items()
-            if len(piece) <= longest
-            for at in range(1, len(piece))
-            if (at == 1 or piece[:at] in ids) and (at == len(piece) - 1 or piece[at:] in ids)
-        }
+            yield from ((one, two, rank) for (one, two), rank in self._ranks.items())
+            return
+        for piece, rank in self.ids.items():
+            for at in range(1, len(piece) if len(piece) <= longest else 0):
+                one, two = piece[:at], piece[at:]
+                if (at == 1 or one in self.ids) and (len(two) == 1 or two in self.ids):
+                    yield one, two, rank
 
     def merge(self, text: bytes) -> list[bytes]:
         """Joins neighbours until none has a rank: always a pair of the lowest rank, the leftmost of several.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,18 @@ class BatchMerge:
         """dtype: of the ids."""
         self._vocabulary, self._dtype = vocabulary, dtype
         self._remembered = lru_cache(maxsize=1 << 11)(self._apart)
-        pairs = vocabulary.pairs(LONGEST)
         number = {bytes([byte]): byte for byte in range(256)} | {b"": _NOTHING}
-        for one, two in pairs:
-            for part in (one, two, one + two):
-                number.setdefault(part, len(number))
+        joins = (
+            (*(number.setdefault(part, len(number)) for part in (one, two, one + two)), rank)
+            for one, two, rank in vocabulary.pairs(LONGEST)
+        )
+        left, right, made, ranks = np.fromiter(chain.from_iterable(joins), np.int64).reshape(-1, 4).T
         self._ids = np.array([vocabulary.ids.get(part, -1) for part in number], np.int64)
         # Ranks are numbered anew, without gaps. Pairs have the same one only where they make the same piece.
-        _, ranks = np.unique(np.fromiter(pairs.values(), np.int64, len(pairs)), return_inverse=True)
-        self._made = np.zeros(len(pairs), np.int32)
-        self._made[ranks] = [number[one + two] for one, two in pairs]
+        _, ranks = np.unique(ranks, return_inverse=True)
+        self._made = np.zeros(len(ranks), np.int32)
+        self._made[ranks] = made
         self._ranks = Table(1)
-        left = np.array([number[one] for one, _ in pairs], np.int64)
-        right = np.array([number[two] for _, two in pairs], np.int64)
         self._ranks.insert(_keys(left, right), ranks, ranks)
         self._of_bytes = self._rank(*np.divmod(np.arange((_NOTHING + 1) ** 2), _NOTHING + 1))
 

@@ -48,7 +48,7 @@ O200K = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+" + _SPACES
 )
 KNOWN = frozenset((GPT2, R50K, CL100K, LLAMA3, QWEN2, O200K))
-"""Patterns whose pieces are known never to go on from something else into a space, so that text may be cut there.
+"""Patterns whose pieces are known to end where `_ends_of_words` says, whatever stands around: text may be cut there.
 
 They are those of openai/gpt-2 and openai/tiktoken (R50K splits as GPT2 does; CL100K is GPT-4's as tiktoken has it
 today, which keeps all whitespace at a text's end together; LLAMA3 is its earlier form), and of Qwen's tokenizer.json.
