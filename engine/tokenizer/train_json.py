@@ -125,8 +125,8 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def as_file(content: dict[str, Any]) -> bytes:
-    """The bytes of a JSON file."""
-    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
+    """The bytes of a JSON file; half characters, which names of files may hold, as JSON's own escapes."""
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "backslashreplace")
 
 
 def compare(model: sentencepiece.SentencePieceProcessor, path: Path, texts: Iterable[str]) -> tuple[int, int] | None:

@@ -50,6 +50,16 @@ def test_one_command_gives_a_vocabulary_and_its_report(corpus: Path, tmp_path: P
     assert load_tokenizer(str(out)).vocab_size == 340
 
 
+def test_an_input_whose_name_is_not_utf8_is_named_in_the_report(corpus: Path, tmp_path: Path) -> None:
+    try:
+        odd = corpus.rename(os.fsdecode(os.fsencode(corpus.parent) + b"/\xff.jsonl"))
+    except OSError:
+        pytest.skip("this file system wants names in UTF-8")
+    done = run("--input", corpus.parent, "--vocab-size", 340, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "training.json").read_text("utf-8"))["inputs"][0]["path"] == str(odd)
+
+
 def test_a_sample_is_drawn_and_said(tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text("".join(f"line {n} of a text that is longer than the sample\n" for n in range(60_000)))
