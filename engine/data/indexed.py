@@ -8,6 +8,7 @@ The layout, byte for byte, is that of Megatron-LM's `megatron/core/datasets/inde
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -277,7 +278,8 @@ class IndexedWriter:
             self._write_index(idx)
             sync(idx)
         if info is not None:
-            with open(self.folder / "json", "w", encoding="utf-8") as text:
+            # A file's name that is not UTF-8 becomes the escape that JSON has for it.
+            with open(self.folder / "json", "w", encoding="utf-8", errors="backslashreplace") as text:
                 json.dump(info, text, ensure_ascii=False, indent=2)
                 text.write("\n")
                 sync(text)
@@ -307,9 +309,11 @@ class IndexedWriter:
     def abort(self) -> None:
         """Removes everything not yet in place."""
         for file in (self._bin, self._sizes, self._ends):
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been told of already
+                file.close()
         if not self._lock.closed:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(self.folder)
             self._lock.close()
 
     def __enter__(self) -> IndexedWriter:
@@ -321,21 +325,41 @@ class IndexedWriter:
 
 def claim(folder: Path, clear: bool = True) -> IO[bytes]:
     """Creates the folder, or takes over one whose run has died, removing what that left if `clear`; the lock is held
-    until the file is closed. Raises UserError when it cannot be written, or another run holds it."""
+    until the file is closed. Raises UserError when it cannot be written, another run holds it, or it is none of ours,
+    which a file "lock" would show."""
     try:
         folder.mkdir(exist_ok=True)
+        if not (folder / "lock").exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is where a run does its work, and holds other files, which would be lost; "
+                            "move them or choose another output prefix")
         lock = open(folder / "lock", "wb")
     except OSError as error:
         raise UserError(f"cannot write to {folder.parent}: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_nlink == 0:
+            raise BlockingIOError  # the run that held it has ended since we opened it, and removed the folder
     except OSError as error:
         lock.close()
         raise UserError(f"another run is writing {folder}; wait for it or choose another output prefix") from error
-    for left in folder.iterdir() if clear else ():
-        if left.name != "lock":
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if clear:
+        empty(folder, "lock")
     return lock
+
+
+def empty(folder: Path, *kept: str) -> None:
+    """Removes what a folder holds but for the names in `kept`. Raises OSError."""
+    for left in folder.iterdir():
+        if left.name not in kept:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder that `claim` gave; the lock goes last, since without it nobody would know what it is. Raises
+    OSError."""
+    empty(folder, "lock")
+    (folder / "lock").unlink()
+    folder.rmdir()
 
 
 def sync(file: IO[Any]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from engine.data.indexed import IndexedDataset, IndexedWriter, claim, remove, token_dtype
 from engine.errors import UserError
 
 HEADER = struct.Struct("<9sQBQQ")
@@ -81,13 +83,37 @@ def test_nothing_is_left_of_an_aborted_or_refused_write(tmp_path: Path) -> None:
 
 def test_two_writers_of_one_prefix_exclude_each_other_and_a_dead_one_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "c.partial").mkdir()
-    (tmp_path / "c.partial" / "bin").write_bytes(b"left by a killed run")
+    for name in ("lock", "bin"):
+        (tmp_path / "c.partial" / name).write_bytes(b"left by a killed run")
     with IndexedWriter(tmp_path / "c", 100) as writer:
         with pytest.raises(UserError, match="another run is writing"):
             IndexedWriter(tmp_path / "c", 100)
         writer.add_document(np.array([1]))
         writer.finish({"a": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.bin", "c.idx", "c.json"]
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".work"])
+def test_a_folder_that_no_run_made_is_left_alone(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / f"c{suffix}"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match=f"c{suffix} is where a run does its work, and holds other files"):
+        claim(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_lock_taken_from_a_run_as_it_ends_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder goes between the opening and the locking of its lock."""
+    real = fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        remove(tmp_path / "c.work")
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another run is writing"):
+        claim(tmp_path / "c.work")
 
 
 def test_more_than_four_gigabytes_and_two_to_the_31_tokens(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class Job:
 
     def save(self, path: Path) -> None:
         """Writes the job as JSON."""
-        path.write_text(json.dumps(asdict(self), ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Job:

@@ -115,7 +115,7 @@ class ShardMaker:
                     shard.left_out[item.reason] = shard.left_out.get(item.reason, 0) + 1
                 else:
                     self._fault(index, span, item, shard)
-                pace.at(meter.position - span.start)
+                pace.at(min(meter.position, span.stop) - span.start)
             shard.spans.append({"blocks": meter.blocks, "newlines": meter.newlines})
         source.check_unchanged()
         pace.end(span.stop - span.start)

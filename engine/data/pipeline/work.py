@@ -11,13 +11,12 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from engine.data.indexed import claim, sync, sync_folder, with_suffix
+from engine.data.indexed import claim, empty, remove, sync, sync_folder, with_suffix
 from engine.data.pipeline.job import Job
 from engine.errors import UserError
 
@@ -42,7 +41,7 @@ class Shards:
             sync(file)
             file.close()
         with open(self.draft(unit, "json"), "w", encoding="utf-8") as text:
-            json.dump(about, text, ensure_ascii=False)
+            json.dump(about, text)  # in ASCII: names of files may have no UTF-8
             sync(text)
         if not self.is_current():
             raise UserError(f"another run has taken over {self.folder}")
@@ -94,14 +93,17 @@ class Work(Shards):
             return [str(error)]
 
     def begin(self, job: Job) -> None:
-        """Makes the folder this job's: shards of the same job stay, of another they go."""
-        (self.folder / "run").write_text(self.token)
-        if self.differences(job) != []:
-            self._clear()
-        for draft in self.folder.glob("*.*.*.*"):
-            draft.unlink(missing_ok=True)
-        job.save(self.folder / "job.json.new")
-        os.replace(self.folder / "job.json.new", self.folder / "job.json")
+        """Makes the folder this job's: shards of the same job stay, of another they go. Raises UserError."""
+        try:
+            (self.folder / "run").write_text(self.token)
+            if self.differences(job) != []:
+                empty(self.folder, "lock", "run")
+            for draft in self.folder.glob("*.*.*.*"):
+                draft.unlink(missing_ok=True)
+            job.save(self.folder / "job.json.new")
+            os.replace(self.folder / "job.json.new", self.folder / "job.json")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
 
     def placing(self) -> bool:
         """Whether a run of the job in the folder was putting its output in place when it ended."""
@@ -112,11 +114,6 @@ class Work(Shards):
         with open(self.folder / "placing", "wb") as file:
             sync(file)
         sync_folder(self.folder)
-
-    def _clear(self) -> None:
-        for left in self.folder.iterdir():
-            if left.name not in ("lock", "run"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def discard(self) -> None:
         """Marks the folder to be removed at the end."""
@@ -129,5 +126,5 @@ class Work(Shards):
         """Leaves the folder where a later run can use it, that is, where it holds a shard."""
         with contextlib.suppress(OSError):
             if not self.keep or self.count() == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                remove(self.folder)
         self._lock.close()
