@@ -95,6 +95,8 @@ def test_what_cannot_be_input_is_refused_by_name(tmp_path: Path) -> None:
     put(tmp_path / "a.xml", "<html>")
     put(tmp_path / "a.parquet.gz", "a")
     (tmp_path / "empty").mkdir()
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)  # opening it would wait for ever
     for given_, message in [
         ([tmp_path / "none.txt"], "cannot read"),
         ([tmp_path / "*.csv"], "no file matches"),
@@ -103,11 +105,30 @@ def test_what_cannot_be_input_is_refused_by_name(tmp_path: Path) -> None:
         ([tmp_path / "a.xml"], "not a MediaWiki dump"),
         ([tmp_path / "a.parquet.gz"], "unpack the file first"),
         ([tmp_path / "a.txt", tmp_path / "a.txt"], "given twice"),
+        ([put(tmp_path / "d.xml", "<!DOCTYPE a><mediawiki>")], "d.xml: the XML declares a document type"),
+        ([pipe], "is no file that can be read twice"),
+        ([put(tmp_path / "two\nlines.txt", "a")], r"two\\nlines.txt has control characters in its name"),
+        ([put(tmp_path / "le.txt", "text".encode("utf-16-le"))], "looks like UTF-16 .* say --encoding utf-16-le"),
+        ([put(tmp_path / "be.jsonl", "text".encode("utf-16-be"))], "looks like UTF-16"),
     ]:
         with pytest.raises(UserError, match=message):
             find_sources([str(path) for path in given_])
     with pytest.raises(UserError, match="unknown --encoding utf-88; did you mean utf-8"):
         find_sources([str(tmp_path / "a.txt")], "utf-88")
+    for codec in ("base64", "rot13", "undefined", "no\nsuch"):
+        with pytest.raises(UserError, match="unknown --encoding"):
+            find_sources([str(tmp_path / "a.txt")], codec)
+
+
+def test_links_to_folders_are_followed_and_a_folder_is_gone_through_once(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "b.txt", "b")
+    put(tmp_path / "in" / "a.txt", "a")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "round").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "self.txt").symlink_to("self.txt")
+    found = [os.path.relpath(source.path, tmp_path) for source in find_sources([str(tmp_path / "in")])]
+    assert found == ["in/a.txt", "in/linked/b.txt"]
 
 
 # --- units
@@ -183,6 +204,32 @@ def test_a_line_longer_than_units_is_one_fault(tmp_path: Path, monkeypatch: pyte
 # --- kinds
 
 
+@pytest.mark.parametrize(
+    ("name", "split_text", "long", "count"),
+    [
+        ("a.jsonl", "document", b"\0", 3),  # the first line, the long one, the last
+        ("a.txt", "line", b"\0", 4),  # and the empty one
+        ("a.txt", "blank", b"\0", 2),  # the first line and what follows it; the last
+        ("a.txt", "blank", b"a" * 1023 + b"\n", 2),
+    ],
+)
+def test_what_is_longer_than_many_spans_is_not_read_through_in_each(
+    tmp_path: Path, name: str, split_text: str, long: bytes, count: int
+) -> None:
+    size, unit_bytes = 48 << 20, 1 << 20
+    path = put(tmp_path / name, b'"\n' + long * (size // len(long)) + b'\n\n{"text": "after"}\n')
+    source, options = find_sources([str(path)])[0], ReadOptions(split_text=split_text)
+    found: Items = []
+    through = 0
+    for (span,) in plan([source], split_text, unit_bytes):
+        with open_meter(source, span.start, span.stop, options, unit_bytes) as meter:
+            found += read_span(source, meter, options)
+            through += meter.position - span.start
+    assert through < 4 * size
+    assert len(found) == count and sum("longer than" in str(item) for item in found) == 1
+    assert isinstance(found[-1], Document) and "after" in found[-1].text
+
+
 @pytest.mark.parametrize("ending", PACK)
 def test_every_kind_is_read_packed_or_not(tmp_path: Path, ending: str) -> None:
     rows = [{"text": row} for row in ROWS]
@@ -208,6 +255,20 @@ def test_a_packed_file_cut_short_or_broken_is_a_fault_after_what_could_be_read(t
     assert "broken or cut short" in cut.message
     (other,) = faults(put(tmp_path / f"other.jsonl{ending}", b'{"text": "a"}\n' * 9))
     assert "broken or cut short" in other.message and other.line == 1
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".zst"])
+def test_what_a_packed_file_ends_with_is_not_passed_over(tmp_path: Path, ending: str) -> None:
+    one = PACK[ending](b'{"text": "a"}\n')
+    for more in (b"no stream", one[:3], one[:-1], b"XX" + one[2:]):
+        found = read(find_sources([str(put(tmp_path / f"a.jsonl{ending}", one + more))])[0], ReadOptions())
+        assert found[0] == Document(1, "a") and isinstance(found[-1], Fault) and "broken or cut" in found[-1].message
+    (empty,) = faults(put(tmp_path / f"empty.jsonl{ending}", b""))
+    assert "it is empty" in empty.message
+
+
+def test_zeros_after_gzip_are_what_fills_a_tape(tmp_path: Path) -> None:
+    assert texts(put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "a"}\n') + bytes(5000))) == ["a"]
 
 
 def test_bombs_are_read_in_bounded_memory(tmp_path: Path) -> None:
@@ -275,7 +336,7 @@ def test_an_array_is_read_an_element_at_a_time(tmp_path: Path) -> None:
     ("content", "documents", "line", "message"),
     [
         ('[{"text": "a"}, {"text": "b"]', 1, 1, "not JSON"),
-        ('[{"text": "a"},\n5,\n{"text": "b"}]', 2, 2, "a JSON int, not an object"),
+        ('[{"text": "a"},\n5,\n{"text": "b"}]', 2, 2, "a number, not an object"),
         ('[{"text": "a"},\n{"text": "\\ud800"}]', 1, 2, "lone surrogate"),
         ('[{"text": "a"},\n]', 1, 2, "not JSON"),
         ('[{"text": "a"}\n', 1, 2, "the file ends within the array"),
@@ -290,6 +351,18 @@ def test_a_broken_array_is_named_with_its_line(
     found = read(find_sources([str(put(tmp_path / "a.json", content))])[0], ReadOptions())
     (fault,) = [item for item in found if isinstance(item, Fault)]
     assert (fault.line, len(found) - 1) == (line, documents) and message in fault.message
+
+
+def test_small_elements_after_a_large_one_take_no_longer(tmp_path: Path) -> None:
+    """The lines before each were counted from the beginning of all that was held: minutes."""
+    rows = ["x" * (8 << 20), *(f"{n}" for n in range(100_000))]
+    path = put(tmp_path / "a.json", "[" + ",\n".join(f'{{"text": "{row}"}}' for row in rows) + ",\n1]")
+    found = read(find_sources([str(path)])[0], ReadOptions())
+    assert [item.line for item in found] == list(range(1, len(rows) + 2)) and isinstance(found[-1], Fault)
+
+
+def test_files_that_each_began_with_a_mark_may_be_put_together(tmp_path: Path) -> None:
+    assert texts(put(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n\ufeff')) == ["a", "b"]
 
 
 def test_a_list_of_texts_is_a_text_of_lines(tmp_path: Path) -> None:
@@ -311,7 +384,7 @@ def parquet(path: Path, columns: dict[str, list[object]], rows_a_group: int = 10
 def test_parquet_is_read_by_row_groups(tmp_path: Path, unit_bytes: int) -> None:
     path = parquet(tmp_path / "a.parquet", {"id": list(range(60)), "text": [*ROWS[:30], None, *ROWS[31:]]})
     found = read(find_sources([str(path)])[0], ReadOptions(), unit_bytes)
-    assert found == [Document(n + 1, row) for n, row in enumerate(ROWS) if n != 30]
+    assert found == [Document(n + 1, "" if n == 30 else row) for n, row in enumerate(ROWS)]
 
 
 def test_parquet_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -321,6 +394,15 @@ def test_parquet_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert 'column "n" is int64, not text' in faults(path, json_key="n")[0].message
     (fault,) = faults(put(tmp_path / "b.parquet", path.read_bytes()[:100]))
     assert "pyarrow" in fault.message
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    writer.write_table(arrow.Table.from_arrays([arrow.array(["a"])] * 2, names=["text", "text"]), path)
+    assert '2 columns are named "text"' in faults(path)[0].message
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_every_kind_of_text_column_is_read(tmp_path: Path, kind: str) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    assert texts(parquet(tmp_path / "a.parquet", {"text": arrow.array(ROWS, type=kind)})) == ROWS
 
 
 # --- dumps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, LeftOut, check_whole
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, LeftOut, check_whole, shown
 from engine.data.wiki import Page, PageFault, Site, article, parse_page, read_pages, read_site
 
 _site = lru_cache(maxsize=4)(read_site)
@@ -38,4 +38,4 @@ def _document(raw: bytes, site: Site) -> Document | Fault | LeftOut:
 
 
 def _named(title: str) -> str:
-    return f'page "{title}": ' if title else ""
+    return f'page "{shown(title)}": ' if title else ""

@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 MAX_RECORD_BYTES = 16 << 20  # sentencepiece needs about 50 bytes of memory for each byte of a document
 
 
+_SHOWN = 80
+_JSON = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string",
+         list: "an array", dict: "an object"}
+
+
 class BadRecord(Exception):
     """One record that cannot be used; the message says why, without file and line."""
 
@@ -34,6 +39,12 @@ class Fault(NamedTuple):
     message: str
 
 
+def shown(text: str) -> str:
+    """A word out of a file as a message may have it: not long, on one line, and nothing that a terminal obeys."""
+    cut = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}.."
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
+
+
 def decode(data: bytes, encoding: str) -> str:
     """The text of a record's bytes. Raises BadRecord."""
     try:
@@ -55,6 +66,7 @@ def check_whole(text: str) -> str:
 
 def text_of_line(line: str, json_key: str) -> str | None:
     """The document in a line of JSONL; None for a blank line. Raises BadRecord."""
+    line = line.lstrip("\ufeff")  # where files were put together that each began with a mark
     if not line or line.isspace():
         return None
     try:
@@ -62,20 +74,20 @@ def text_of_line(line: str, json_key: str) -> str | None:
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not JSON: {error}") from None
     if isinstance(row, list):
-        raise BadRecord("a JSON array; one object a line is needed (or one array in a file that ends in .json)")
+        raise BadRecord("an array; one object a line is needed (or one array in a file that ends in .json)")
     return text_of_row(row, json_key)
 
 
 def text_of_row(row: Any, json_key: str) -> str:
     """The document in a row: the text under json_key, or a list of texts there, as lines. Raises BadRecord."""
     if not isinstance(row, dict):
-        raise BadRecord(f"a JSON {type(row).__name__}, not an object")
+        raise BadRecord(f"{_JSON[type(row)]}, not an object")
     if json_key not in row:
-        keys = ", ".join(list(row)[:8]) or "no keys"
+        keys = ", ".join(map(shown, list(row)[:8])) or "no keys"
         raise BadRecord(f'no "{json_key}"; the row has {keys} (choose with --json-key)')
     value = row[json_key]
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n".join(value)
     if not isinstance(value, str):
-        raise BadRecord(f'"{json_key}" is {type(value).__name__}, not text')
+        raise BadRecord(f'"{json_key}" is {_JSON[type(value)]}, not text')
     return check_whole(value)

@@ -15,18 +15,19 @@ _READ = 1 << 16
 
 
 class _Window:
-    """The text between what has been read and what has been used; `line` is the number of the line it begins at."""
+    """The text between what has been read and what has been used: all before `at`."""
 
     def __init__(self, stream: IO[bytes], encoding: str) -> None:
         self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
-        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.text, self.at, self.ended = "", 0, False
+        self._line, self._counted = 1, 0  # the number of the line that this place in the text is on
         self.grow()
         self.text = self.text.removeprefix("\ufeff")
 
     def grow(self) -> None:
         """Reads on, as much again as is held: an element is parsed a few times at most, however long."""
-        self.line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
+        self.here()
+        self.text, self.at, self._counted = self.text[self.at :], 0, 0
         block = self._stream.read(max(_READ, len(self.text)))
         self.ended = not block
         self.text += self._decoder.decode(block, self.ended)
@@ -44,7 +45,9 @@ class _Window:
 
     def here(self) -> int:
         """The number of the line the next character stands on."""
-        return self.line + self.text.count("\n", 0, self.at)
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
 
 
 def read_array(stream: IO[bytes], encoding: str, json_key: str) -> Iterator[Document | Fault]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, check_whole
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, check_whole, shown
 from engine.errors import UserError, nearest
 
 _ROWS = 256  # rows decoded at a time
+_TEXT = ("string", "large_string", "string_view")
 
 
 def read_rows(path: str, start: int, stop: int, column: str) -> Iterator[Document | Fault]:
     """The rows of the row groups whose data begins in bytes [start, stop); a document's "line" is its row in the file,
-    from 1. Null is no document. Raises UserError when pyarrow is missing, OSError for a file it cannot read."""
+    from 1. Null is an empty document. Raises UserError when pyarrow is missing, OSError for a file it cannot read."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -47,16 +48,20 @@ def _column_fault(file: Any, column: str) -> str | None:
     import pyarrow
 
     schema = file.schema_arrow
-    if column not in schema.names:
+    count = schema.names.count(column)
+    if count > 1:
+        return f'{count} columns are named "{column}"'
+    if not count:
         hint = nearest(column, schema.names)
-        return f'no column "{column}"; the file has {", ".join(schema.names[:8])} (choose with --json-key)' + (
-            f"; did you mean {hint}?" if hint else ""
+        names = ", ".join(map(shown, schema.names[:8])) or "none"
+        return f'no column "{column}"; the file has {names} (choose with --json-key)' + (
+            f"; did you mean {shown(hint)}?" if hint else ""
         )
     kind = schema.field(column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        return f'column "{column}" is {kind}, not text'
+    if str(kind) not in _TEXT:
+        return f'column "{column}" is {shown(str(kind))}, not text'
     return None
 
 
@@ -73,9 +78,7 @@ def _rows(file: Any, group: int, column: str, row: int) -> Iterator[Document | F
 
 
 def _row(value: Any, row: int) -> Iterator[Document | Fault]:
-    text = value.as_py()
-    if text is None:
-        return
+    text = value.as_py() or ""
     if len(text) > MAX_RECORD_BYTES:
         raise BadRecord(f"the document is longer than {MAX_RECORD_BYTES:,} characters")
     yield Document(row, check_whole(text))

@@ -16,7 +16,7 @@ from engine.data.inputs.meter import Meter
 from engine.data.inputs.parquet import read_rows
 from engine.data.inputs.plan import can_cut
 from engine.data.inputs.source import Source
-from engine.data.inputs.unpack import BROKEN, broken, open_stream
+from engine.data.unpack import BROKEN, broken, open_stream
 
 _BUFFER = 1 << 20
 
@@ -83,7 +83,7 @@ def _text_items(
         yield from text.read_whole(stream, encoding)
         return
     start, stop = (0, None) if whole else (meter.start, meter.stop)
-    found = text.lines_of_span(stream, start) if start else text.lines(stream)
+    found = text.lines(stream) if stop is None else text.lines_of_span(stream, start, stop)
     if source.kind == "text" and options.split_text == "blank":
         yield from text.read_paragraphs(found, stop, encoding, _begins_inside(source.path, start, stop))
     else:

@@ -6,12 +6,13 @@ import codecs
 import glob
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from stat import S_ISREG
 
-from engine.data.inputs.unpack import COMPRESSIONS, open_stream
-from engine.data.wiki import is_dump
+from engine.data.inputs.items import shown
+from engine.data.unpack import COMPRESSIONS, open_stream
+from engine.data.wiki import is_dump, read_site
 from engine.errors import UserError, nearest
 
 UNFINISHED = (".work", ".partial")
@@ -28,6 +29,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # a message with such a name would not be one line
+_UTF16 = re.compile(rb"(?:[^\0]\0){4}|(?:\0[^\0]){4}", re.DOTALL)  # four letters of which any is below U+0100
 # In these a byte 0x0A is a line's end and nothing else, so bytes can be cut into lines before they are decoded.
 _LINES_ARE_BYTES = re.compile(
     r"utf-8|ascii|cp(125|43|7\d|8[56]|93|94|95)\d?|(iso8859|koi8|gb|big5|euc|shift_jis|mac).*"
@@ -91,15 +94,16 @@ def find_sources(inputs: Sequence[str], encoding: str = "utf-8") -> list[Source]
 
 def _codec(name: str) -> str:
     try:
+        "".encode(name)  # which Python's codecs that are no encodings of text (base64, rot13) refuse
         return codecs.lookup(name).name
-    except LookupError:
+    except (LookupError, ValueError):
         hint = nearest(name, ("utf-8", "utf-16", "latin-1", "cp1252", "gb18030", "gbk", "big5", "shift_jis", "koi8-r"))
-        raise UserError(f"unknown --encoding {name}" + (f"; did you mean {hint}?" if hint else "")) from None
+        raise UserError(f"unknown --encoding {shown(name)}" + (f"; did you mean {hint}?" if hint else "")) from None
 
 
 def _expand(given: str) -> Iterable[str]:
     if os.path.isdir(given):
-        found = sorted(str(path) for path in Path(given).rglob("*") if _wanted(path, Path(given)))
+        found = sorted(_inside(given))
         if not found:
             raise UserError(f"{given} holds no file that can be read; known are {_endings()}")
         return found
@@ -111,10 +115,21 @@ def _expand(given: str) -> Iterable[str]:
     return found
 
 
-def _wanted(path: Path, folder: Path) -> bool:
-    """Whether a file below a folder is input: of a known kind, not hidden, and no run's unfinished work."""
-    hidden = any(part.startswith(".") or part.endswith(UNFINISHED) for part in path.relative_to(folder).parts)
-    return not hidden and path.is_file() and _kind(path.name)[0] is not None
+def _inside(folder: str) -> Iterator[str]:
+    """The files below a folder that are input: of a known kind, not hidden, and no run's unfinished work. Links to
+    folders are followed, each folder is gone through once. Raises UserError for one that cannot be read."""
+    seen = {os.path.realpath(folder)}
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        paths = [os.path.join(parent, name) for name in files if not name.startswith(".") and _kind(name)[0]]
+        yield from filter(os.path.isfile, paths)
+        below = sorted(name for name in folders if not name.startswith(".") and not name.endswith(UNFINISHED))
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in below}
+        folders[:] = [name for name in below if real[name] not in seen]
+        seen.update(real.values())
 
 
 def _kind(name: str) -> tuple[str | None, str, str]:
@@ -132,10 +147,14 @@ def _endings() -> str:
 
 def _source(path: str, encoding: str) -> Source:
     kind, compression, ending = _kind(os.path.basename(path))
+    if _CONTROL.search(path):
+        name = path.encode("unicode_escape").decode()
+        raise UserError(f"the file {name} has control characters in its name; rename it")
     try:
         stat = os.stat(path)
-        with open(path, "rb") as file:
-            head = file.read(4)
+        if not S_ISREG(stat.st_mode):
+            raise UserError(f"{path} is no file that can be read twice and from the middle (a pipe or a device)")
+        open(path, "rb").close()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if kind is None:
@@ -144,11 +163,16 @@ def _source(path: str, encoding: str) -> Source:
         raise UserError(f"{path} ends in {ending or 'nothing'}; known are {_endings()}{advice}")
     if compression and kind == "parquet":
         raise UserError(f"{path}: parquet is compressed inside and read at random; unpack the file first")
-    if kind == "dump" and not is_dump(path):
-        raise UserError(f"{path} is XML, but not a MediaWiki dump: it does not begin with <mediawiki>")
-    if compression or kind == "json":
+    head = b""
+    if kind == "dump":
+        if not is_dump(path):
+            raise UserError(f"{path} is XML, but not a MediaWiki dump: it does not begin with <mediawiki>")
+        read_site(path)  # which refuses one that is no dump, whatever it begins with
+    elif kind != "parquet":
         head = _first_bytes(path, compression)
     marked = next((codec for mark, codec in _MARKS if head.startswith(mark)), None)
+    if not marked and encoding == "utf-8" and _UTF16.match(head):
+        raise UserError(f"{path} looks like UTF-16 without a byte-order mark; say --encoding utf-16-le (or -be)")
     if kind == "json" and not _begins_array(head, marked or encoding):
         kind = "jsonl"
     return Source(path, kind, compression, marked or encoding, stat.st_size, stat.st_mtime_ns)

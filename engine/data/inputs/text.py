@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import math
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
@@ -25,34 +26,40 @@ class Line(NamedTuple):
     data: bytes | None
 
 
-def lines(stream: IO[bytes], offset: int = 0, number: int = 1) -> Iterator[Line]:
-    """The lines of a stream whose next byte lies at `offset`. UTF-8's mark at byte 0 is no part of the first."""
+def lines(stream: IO[bytes], offset: int = 0, number: int = 1, stop: float = math.inf) -> Iterator[Line]:
+    """The lines of a stream whose next byte lies at `offset`. UTF-8's mark at byte 0 is no part of the first.
+
+    What comes after a line that is too long is a line only if it begins before `stop`: no more is read of that one."""
     limit = MAX_RECORD_BYTES
     while line := stream.readline(limit + 1):
-        begin, size = offset, len(line)
-        if size > limit and not line.endswith(b"\n"):
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(1 << 20)
-                size += len(line)
+        begin, offset = offset, offset + len(line)
+        if len(line) > limit and not line.endswith(b"\n"):
             yield Line(number, begin, None)
+            offset += _pass_over(stream, stop - offset)
         else:
             yield Line(number, begin, (line if begin else line.removeprefix(BOM_UTF8)).rstrip(b"\r\n"))
         number += 1
-        offset += size
 
 
-def lines_of_span(stream: IO[bytes], start: int) -> Iterator[Line]:
-    """The lines that begin at byte `start` or later, of a stream that stands one byte before it (or at 0).
+def _pass_over(stream: IO[bytes], enough: float) -> int:
+    """Reads to the end of the line, or until `enough` bytes are read: how many they were."""
+    size = 0
+    while size < enough and (line := stream.readline(1 << 20)):
+        size += len(line)
+        if line.endswith(b"\n"):
+            break
+    return size
+
+
+def lines_of_span(stream: IO[bytes], start: int, stop: int) -> Iterator[Line]:
+    """The lines that begin at byte `start` or later, of a stream that stands one byte before it (or at 0); none where
+    no line begins in [start, stop), so that a line of many spans is not read through in each.
 
     The first is number 1 where it begins at `start`, else 2: its number counts the line ends of the span before it."""
     if start == 0:
-        return lines(stream)
-    offset = start - 1
-    while line := stream.readline(1 << 20):
-        offset += len(line)
-        if line.endswith(b"\n"):
-            break
-    return lines(stream, offset, 1 if offset == start else 2)
+        return lines(stream, stop=stop)
+    offset = start - 1 + _pass_over(stream, stop - start + 1)
+    return lines(stream, offset, 1 if offset == start else 2, stop) if offset < stop else iter(())
 
 
 def read_lines(
@@ -87,10 +94,10 @@ def read_paragraphs(
             if held and not inside:
                 yield _paragraph(start, held, size, encoding)
             held, size, inside = [], 0, False
+        elif stop is not None and offset >= stop and (size > MAX_RECORD_BYTES + 1 or not held):
+            break  # what begins here is another span's, and of one too long nothing more need be known
         elif not inside:
             if not held:
-                if stop is not None and offset >= stop:
-                    return
                 start = number
             size += MAX_RECORD_BYTES + 2 if data is None else len(data) + 1
             if data is None or size > MAX_RECORD_BYTES + 1:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from engine.data.wiki.ranges import BrokenStream, RangeReader, read_range
 from engine.data.wiki.site import Site, site_of
 from engine.data.wiki.xmltext import unescape
+from engine.errors import UserError
 
 MAX_PAGE_BYTES = 16 << 20
 """MediaWiki lets no page grow beyond 2 MiB; a larger element is a page with its history, or hostile."""
@@ -70,7 +71,10 @@ def is_dump(path: str | Path) -> bool:
 
 def read_site(path: str | Path) -> Site:
     """The wiki a dump is of; see `site_of`. Raises UserError."""
-    return site_of(_head(path, _HEAD_BYTES, b"</siteinfo>", _OPEN).partition(_OPEN)[0])
+    try:
+        return site_of(_head(path, _HEAD_BYTES, b"</siteinfo>", _OPEN).partition(_OPEN)[0])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _head(path: str | Path, size: int, *marks: bytes) -> bytes:

@@ -10,19 +10,17 @@ Format of bz2: "BZh", a digit, then the magic of a block, 48 bits; https://en.wi
 from __future__ import annotations
 
 import bz2
-import gzip
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol
+from typing import IO, NoReturn, Protocol
 
+from engine.data.unpack import BROKEN, Unpacked
 from engine.errors import UserError
 
 _STREAM = re.compile(rb"BZh[1-9]1AY&SY")
 _MAGIC = 10  # bytes that _STREAM matches
 _FEED = 16 << 10  # bytes given to a decoder at once: what is left of them at a stream's end is copied
-_ZSTD_FEED = 1 << 10  # a kilobyte can stand for 32 MB
 _BLOCK = 1 << 20
 
 
@@ -67,7 +65,8 @@ def read_range(path: str | Path, start: int = 0, stop: int | None = None) -> Ran
     if magic[:3] == b"BZh":
         return _Bz2Range(path, start, stop)
     if magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd":
-        return _WholeRange(_Zstd(path) if magic[:1] == b"\x28" else gzip.open(path, "rb"), 0 < start or stop <= 0)
+        kind = "zst" if magic[:1] == b"\x28" else "gz"
+        return _WholeRange(path, kind, 0 < start or stop <= 0)
     return _PlainRange(path, start, stop)
 
 
@@ -90,48 +89,18 @@ class _PlainRange:
         self._file.close()
 
 
-class _Zstd:
-    """The frames of a zstd file. (The package's own reader takes a file cut short for one that ends.)"""
-
-    def __init__(self, path: str | Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{path} is zstd: reading it needs a package (pip install 'triax[data]')") from None
-        self._package: Any = zstandard
-        self._file = open(path, "rb")
-        self._frame: Any = None
-        self._packed, self._out = b"", memoryview(b"")
-
-    def read(self, size: int, /) -> bytes:
-        while not self._out and (packed := self._packed or self._file.read(_ZSTD_FEED)):
-            self._frame = self._frame or self._package.ZstdDecompressor().decompressobj()
-            try:
-                self._out = memoryview(self._frame.decompress(packed))
-            except self._package.ZstdError as error:
-                raise OSError(str(error)) from None
-            self._packed = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        if not self._out and self._frame:
-            raise EOFError("the last frame has no end")
-        data, self._out = self._out[:size], self._out[size:]
-        return bytes(data)
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class _WholeRange:
     """A compressed file that is read from its beginning or not at all."""
 
-    def __init__(self, file: _Zstd | gzip.GzipFile, empty: bool) -> None:
-        self._file, self._ended = file, empty
+    def __init__(self, path: str | Path, compression: str, empty: bool) -> None:
+        self._file, self._ended = open(path, "rb"), empty
+        self._unpacked = Unpacked(self._file, compression, str(path))
         self.past_end, self.stream, self.skipped = empty, 0, 0
 
     def read(self, size: int, /) -> bytes:
         try:
-            return b"" if self._ended else self._file.read(size)
-        except (OSError, EOFError, zlib.error) as error:
+            return b"" if self._ended else self._unpacked.read(size) or b""
+        except BROKEN as error:
             self._ended = True  # there is no place to go on from
             raise BrokenStream(f"the compressed file is broken or cut short: {error}", 0, True) from None
 
