@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import numpy as np
 from engine.tokenizer import blocks
 from engine.tokenizer.blocks import BlockEncoder, by_density
 from engine.tokenizer.safe_pairs import SafePairs, joined_in
-from engine.tokenizer.segments import Ids, SegmentMemo, flat_ids, substrings
+from engine.tokenizer.segments import Ids, SegmentMemo, flat_ids, gathered, substrings
 
 SPACE = "\u2581"
+_SEPARATORS = (*range(31, 13, -1), *range(8, 0, -1))  # control characters that texts have least
+_TOGETHER = 100
 _LONE_SPACE = re.compile(r"(?<=[^ ]) (?=[^ ])")
 
 
@@ -34,10 +37,7 @@ class CutEncoder:
         pairs = SafePairs(joined)
         self._normalize = normalize
 
-        def spans(buffer: bytes, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return flat_ids(encode([one.replace(" ", SPACE) for one in substrings(buffer, starts, ends)]), dtype)
-
-        memo = SegmentMemo(spans, dtype)
+        memo = SegmentMemo(_Joined(encode, joined, dtype), dtype)
         self._characters = BlockEncoder(memo, blocks.at_pairs(pairs), pairs.windows, blocks.CHARACTERS_BLOCK)
         # Words only where no piece holds a space after something else.
         self._words = self._characters
@@ -49,6 +49,44 @@ class CutEncoder:
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text as bytes. Raises UnicodeEncodeError for a lone surrogate."""
         return by_density([self._normalize(text) if text else "" for text in texts], self._words, self._characters)
+
+
+class _Joined:
+    """Segments put together into texts and encoded as those: a hundred calls take longer than one, and a hundred lists.
+
+    Between them stands a character that no piece joins with another; so each segment's ids stay what they are alone."""
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], Iterable[Ids]],
+        joined: Collection[tuple[str, str]],
+        dtype: np.dtype[Any],
+    ) -> None:
+        self._encode, self._dtype = encode, dtype
+        taken = {*chain.from_iterable(joined)}
+        free = [code for code in _SEPARATORS if chr(code) not in taken]
+        alone = flat_ids(encode(list(map(chr, free))), dtype)
+        single = np.flatnonzero(np.diff(alone[1], prepend=0) == 1)
+        self._separators = {free[at]: alone[0][alone[1][at] - 1] for at in single.tolist()}
+
+    def __call__(self, buffer: bytes, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See segments.Spans."""
+        for code, number in self._separators.items():
+            if bytes([code]) not in buffer:
+                return self._together(buffer, starts, ends, code, number)
+        return flat_ids(self._encode([one.replace(" ", SPACE) for one in substrings(buffer, starts, ends)]), self._dtype)
+
+    def _together(
+        self, buffer: bytes, starts: np.ndarray, ends: np.ndarray, code: int, number: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        raw, stops = gathered(np.frombuffer(buffer, np.uint8), starts, ends - starts + 1)
+        raw[stops - 1] = code
+        whole = raw.tobytes()
+        cuts = [0, *stops[_TOGETHER - 1 : -1 : _TOGETHER].tolist(), len(whole)]
+        texts = [whole[begin:end].decode("utf-8").replace(" ", SPACE) for begin, end in pairwise(cuts)]
+        ids, _ = flat_ids(self._encode(texts), self._dtype)
+        between = np.flatnonzero(ids == number)
+        return np.delete(ids, between), between - np.arange(len(between))
 
 
 def _ends_of_words(joined: Collection[tuple[str, str]]) -> Callable[[bytes], np.ndarray]:

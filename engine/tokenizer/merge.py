@@ -8,7 +8,6 @@ lie in one matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -20,7 +19,6 @@ from engine.tokenizer.segments import Table
 LONGEST = 32
 """Bytes of a piece. Longer ones are merged by ByteVocabulary.encode, which takes n log n steps where this takes n²."""
 _FEW = 50  # pieces; fewer are merged one by one, as a round takes its time for one piece too
-_REMEMBERED = 1024  # bytes of a piece merged one by one; most such pieces are rulers, as "+---+", again and again
 _NEVER = np.iinfo(np.int32).max  # the rank of what is not joined
 _NOTHING = 256  # a part that stands before and after each piece; 0 to 255 are bytes
 _Done = tuple[np.ndarray, np.ndarray]  # which pieces have been merged [n], their ids [n, parts]
@@ -32,7 +30,6 @@ class BatchMerge:
     def __init__(self, vocabulary: ByteVocabulary, dtype: np.dtype[Any]) -> None:
         """dtype: of the ids."""
         self._vocabulary, self._dtype = vocabulary, dtype
-        self._remembered = lru_cache(maxsize=1 << 11)(self._apart)
         number = {bytes([byte]): byte for byte in range(256)} | {b"": _NOTHING}
         joins = (
             (*(number.setdefault(part, len(number)) for part in (one, two, one + two)), rank)
@@ -75,8 +72,7 @@ class BatchMerge:
             short = which[:0]
         yield from self._rounds(np.frombuffer(buffer, np.uint8), starts, lengths, short)
         for one in np.setdiff1d(which, short).tolist():
-            merge = self._apart if lengths[one] > _REMEMBERED else self._remembered
-            yield np.array([one]), merge(buffer[starts[one] : ends[one]])
+            yield np.array([one]), self._apart(buffer[starts[one] : ends[one]])
 
     def _apart(self, piece: bytes) -> np.ndarray:
         """The ids [1, n] of a piece that is merged alone."""

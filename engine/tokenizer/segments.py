@@ -8,9 +8,9 @@ are ever mistaken for each other; and all ids are gathered at once. There is no 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ _LONG = len(_WIDTHS)
 _KINDS = np.repeat(np.arange(_LONG + 1, dtype=np.uint8), (16, 16, 32, 1))  # which of them has a length's keys
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], "<u8")  # keeps the first 0 to 8 bytes
 _FIRST_SLOTS = 1 << 12
+_LONGEST_KEPT, _RECENT = 1 << 10, 1 << 11  # bytes, and segments: most are rulers, as "-----+", again and again
 _LARGE = 1 << 20  # numbers in keys: up to there a table grows fourfold, which saves time, then twofold, for memory
 
 
@@ -150,7 +151,7 @@ class _Unknown:
 
 
 class SegmentMemo:
-    """The ids of segments; those of up to 63 bytes are remembered."""
+    """The ids of segments. Those of up to 63 bytes are remembered, of longer ones the last few."""
 
     def __init__(self, encode: Spans, dtype: np.dtype[Any], limit_bytes: int | None = None) -> None:
         """encode: gives the ids of segments not seen before, exact whatever stands around them. limit_bytes: memory it
@@ -188,10 +189,11 @@ class SegmentMemo:
             if len(which):
                 keys = table.keys(words, bounds[which], lengths[which])
                 unknown += self._look_up(block, table, keys, which)
-        source = self._learn(block, unknown, np.flatnonzero(kinds == _LONG))
+        self._learn(block, unknown, np.flatnonzero(kinds == _LONG))
+        found = gathered(self._ids, block.offset, block.count)
         if sum(table.nbytes for table in self._tables) + self._ids.nbytes > self._limit:
             self._clear()
-        return gathered(source, block.offset, block.count)
+        return found
 
     def _look_up(self, block: _Block, table: Table, keys: np.ndarray, which: np.ndarray) -> list[_Unknown]:
         slot = table.find(keys)
@@ -199,27 +201,48 @@ class SegmentMemo:
         missing = np.flatnonzero(slot < 0)
         return [_Unknown(table, keys[:, missing], which[missing])] if len(missing) else []
 
-    def _learn(self, block: _Block, unknown: Sequence[_Unknown], long: np.ndarray) -> np.ndarray:
-        """Encodes all that is unknown at once and puts it into the tables, but for long segments. Gives the array that
-        holds all the block's ids."""
+    def _learn(self, block: _Block, unknown: Sequence[_Unknown], long: np.ndarray) -> None:
+        """Encodes all that is unknown at once and puts it into the tables. The ids of long segments stand behind what
+        is filled, for this block alone."""
         distinct = [_distinct(one.keys) for one in unknown]
-        new = np.concatenate([*(one.where[first] for one, first in zip(unknown, distinct, strict=True)), long])
-        if not len(new):
-            return self._ids
-        ids, id_ends = self._encode(block.buffer, block.bounds[new], block.bounds[new + 1])
-        size = np.diff(id_ends, prepend=0)
-        begin = self._filled + id_ends - size
-        at = 0
-        for one, first in zip(unknown, distinct, strict=True):
-            end = at + len(first)
-            one.table.insert(one.keys[:, first], begin[at:end], size[at:end])
-            slot = one.table.find(one.keys)
-            block.offset[one.where], block.count[one.where] = one.table.start[slot], one.table.count[slot]
-            at = end
-        block.offset[long], block.count[long] = begin[at:], size[at:]
-        kept = int(id_ends[at - 1]) if at else 0
-        self._append(ids[:kept])
-        return np.concatenate([self._ids[: self._filled], ids[kept:]]) if len(long) else self._ids
+        keys = [block.buffer[begin:end] for begin, end in block.bounds[long[:, np.newaxis] + (0, 1)].tolist()]
+        recent = {key: self._recent[key] for key in keys if key in self._recent}
+        fresh = {key: at for key, at in zip(keys, long.tolist(), strict=True) if key not in recent}
+        new = np.concatenate([*(one.where[first] for one, first in zip(unknown, distinct, strict=True)),
+                              np.fromiter(fresh.values(), np.int64, len(fresh))])  # fmt: skip
+        if len(new):
+            ids, id_ends = self._encode(block.buffer, block.bounds[new], block.bounds[new + 1])
+            size = np.diff(id_ends, prepend=0)
+            begin = self._filled + id_ends - size
+            at = 0
+            for one, first in zip(unknown, distinct, strict=True):
+                end = at + len(first)
+                one.table.insert(one.keys[:, first], begin[at:end], size[at:end])
+                slot = one.table.find(one.keys)
+                block.offset[one.where], block.count[one.where] = one.table.start[slot], one.table.count[slot]
+                at = end
+            spans = zip(fresh, (id_ends - size)[at:].tolist(), id_ends[at:].tolist(), strict=True)
+            recent |= {key: ids[first:last].copy() for key, first, last in spans}
+            self._append(ids[: int(id_ends[at - 1]) if at else 0])
+        if keys:
+            self._lay(block, long, [recent[key] for key in keys])
+            self._remember(recent)
+
+    def _lay(self, block: _Block, long: np.ndarray, found: Sequence[np.ndarray]) -> None:
+        """Puts the ids of long segments behind what is filled."""
+        count = np.fromiter(map(len, found), np.int64, len(found))
+        block.count[long], block.offset[long] = count, self._filled + np.cumsum(count) - count
+        self._append(np.concatenate(found))
+        self._filled -= int(count.sum())
+
+    def _remember(self, found: Mapping[bytes, np.ndarray]) -> None:
+        """Long segments as the last ones used."""
+        for key, ids in found.items():
+            if len(key) <= _LONGEST_KEPT:
+                self._recent.pop(key, None)
+                self._recent[key] = ids
+        for key in list(islice(self._recent, max(0, len(self._recent) - _RECENT))):
+            del self._recent[key]
 
     def _append(self, ids: np.ndarray) -> None:
         end = self._filled + len(ids)
@@ -230,6 +253,7 @@ class SegmentMemo:
 
     def _clear(self) -> None:
         self._tables, self._characters = [Table(width) for width in _WIDTHS], None
+        self._recent: dict[bytes, np.ndarray] = {}
         self._ids, self._filled = np.empty(0, self._dtype), 0
 
 
