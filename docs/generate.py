@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -76,7 +77,7 @@ def error(world: str, *flags: str) -> str:
 
 def training() -> str:
     """What benchmarks/train_step.py last committed: medians over its rounds."""
-    content = json.loads((ROOT / "benchmarks" / "results" / "train_step.json").read_text(encoding="utf-8"))
+    content = results("train_step")
     head = f"{content['machine']['cores']} CPU cores"
     rows = [f"| {head} | tokens/s | share of the matrix products' rate | x transformers |",
             "|---|---|---|---|"]
@@ -88,10 +89,38 @@ def training() -> str:
     return "\n".join(rows)
 
 
+def results(name: str) -> Any:
+    """What a benchmark last committed."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def preparation() -> str:
+    """What benchmarks/preprocess.py, encoders.py and dedup.py last committed: megabytes a CPU second."""
+    tools, encoders, dedup = map(results, ("preprocess", "encoders", "dedup"))
+    rows = ["| megabytes of text a CPU second | Triax | beside |", "|---|---|---|"]
+    for language in ("english", "chinese"):
+        one = tools[language]
+        ours, theirs = (one["sides"][f"{side}, 1 worker"]["megabytes_per_cpu_second"]
+                        for side in ("triax", "Megatron-LM's method"))
+        rows.append(f"| JSONL to `.bin` and `.idx`, {language.title()}, {one['megabytes']:.0f} MB, from start to end | "
+                    f"{ours:.1f} | Megatron-LM's method {theirs:.1f} |")
+    for language in ("english", "chinese"):
+        for vocabulary, one in encoders[language].items():
+            rates = {side: f"{rate:.1f}" for side, rate in one["megabytes_per_cpu_second"].items()}
+            peers = ", ".join(f"{side} {rate}" for side, rate in rates.items() if side != "triax")
+            rows.append(f"| encoding alone, {language.title()}, {vocabulary} | {rates['triax']} | {peers} |")
+    rates = encoders["wikitext"]["megabytes_per_cpu_second"]
+    rows.append(f"| wikitext to text | {rates['triax']:.1f} | mwparserfromhell {rates['mwparserfromhell']:.1f} |")
+    for language in ("english", "chinese"):
+        rates = {side: f"{one['megabytes_per_second']:.1f}" for side, one in dedup[language]["sides"].items()}
+        peers = ", ".join(f"{side} {rate}" for side, rate in rates.items() if side != "triax")
+        rows.append(f"| near-duplicates, {language.title()} | {rates['triax']} | {peers} |")
+    return "\n".join(rows)
+
+
 def figures() -> str:
     """What benchmarks/startup.py and benchmarks/checkpoint_io.py last committed."""
-    startup, disk = (json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-                     for name in ("startup", "checkpoint_io"))
+    startup, disk = map(results, ("startup", "checkpoint_io"))
     seconds = {name: result["median_seconds"]["total"] for name, result in startup["results"].items()}
     rows = [f"| from the command to the end of step 1, one process | {seconds['triax']:.1f} s | "
             f"transformers {seconds['transformers']:.1f} s |"]
@@ -108,7 +137,7 @@ def figures() -> str:
 def resources() -> str:
     """What benchmarks/resources.py --save last read from the machine code for sm_90; what is alike at several shapes is
     told once."""
-    content = json.loads((ROOT / "benchmarks" / "results" / "resources.json").read_text(encoding="utf-8"))
+    content = results("resources")
     rows = [f"| sm_90, Triton {content['triton']} | shape | dtype | warps | registers | shared memory | blocks an SM |",
             "|---|---|---|---|---|---|---|"]
     told = {tuple(use[key] for key in ("case", "kernel", "dtype", "warps", "registers", "shared")): use
@@ -120,7 +149,7 @@ def resources() -> str:
 
 MAKERS: Mapping[str, Callable[..., str]] = MappingProxyType(
     {"options": options, "presets": presets, "gantt": gantt, "grid": grid, "source": source, "error": error,
-     "figures": figures, "training": training, "resources": resources})
+     "figures": figures, "training": training, "preparation": preparation, "resources": resources})
 
 
 def fenced(text: str, language: str = "text") -> str:

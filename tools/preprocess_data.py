@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.data.inputs import SPLITS, UNIT_BYTES  # noqa: E402
+from engine.data.inputs import SPLITS  # noqa: E402
 from engine.data.preprocess import DEFAULT_SEED, Counts, Settings, preprocess  # noqa: E402
 from engine.errors import run_cli  # noqa: E402
 
@@ -41,8 +41,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad record")
     parser.add_argument("--workers", type=int, help="processes (one a core); the output does not depend on it")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--unit-megabytes", type=int, default=UNIT_BYTES >> 20, metavar="N",
-                        help="what a process works on at a time, and may lose when it is killed")
+    parser.add_argument("--unit-megabytes", type=int, metavar="N",
+                        help="what a process works on at a time, and may lose when it is killed (2 to 16)")
     return parser.parse_args(argv)
 
 
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
     """Parses, preprocesses, prints what came out."""
     args = vars(_arguments(argv))
     begun = time.monotonic()
-    settings = Settings(unit_bytes=args.pop("unit_megabytes") << 20, **args)
+    megabytes = args.pop("unit_megabytes")
+    settings = Settings(unit_bytes=megabytes if megabytes is None else megabytes << 20, **args)
     try:
         counts = preprocess(settings)
     except KeyboardInterrupt:

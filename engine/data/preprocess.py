@@ -50,7 +50,7 @@ def prepare(settings: Settings, say: Callable[[str], None] = print, comm: Any = 
     """Writes the corpus. Raises UserError, leaving no output, for bad input, a bad record (on_error "stop"), an
     output that exists, equals an input or cannot be written, or a worker that dies. What is finished stays in
     PREFIX.work, also at KeyboardInterrupt, for the next run of the same job."""
-    if settings.unit_bytes < 1:
+    if settings.unit_bytes is not None and settings.unit_bytes < 1:
         raise UserError(f"a unit of {settings.unit_bytes} bytes must be at least 1")
     if settings.workers is not None and settings.workers < 1:
         raise UserError(f"workers {settings.workers} must be at least 1")
@@ -130,15 +130,20 @@ def _make_shards(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer,
     if comm is not None:
         left = sum(sizes[number] for number in missing[:: comm.Get_size()])
     maker = ShardMaker(job, work, tokenizer)
-    tokenizer.verify_sample(maker.sample())
+
+    def verify() -> None:
+        tokenizer.verify_sample(maker.sample())
+
     with Progress(left) as progress:
         if comm is not None:
+            verify()
             mpi.lead(comm, work, missing, maker, progress.add)
         elif workers <= 1 or left < _SMALL_INPUT:
+            verify()
             for number in missing:
                 maker.make(number, progress.add)
         else:
-            run_team(work, missing, workers, progress.add)
+            run_team(work, missing, workers, progress.add, verify)
 
 
 def _with_way_on(error: BaseException, work: Work, job: Job) -> BaseException:

@@ -73,20 +73,20 @@ class _Joined:
         """See segments.Spans."""
         for code, number in self._separators.items():
             if bytes([code]) not in buffer:
-                return self._together(buffer, starts, ends, code, number)
-        return flat_ids(self._encode([one.replace(" ", SPACE) for one in substrings(buffer, starts, ends)]), self._dtype)
+                ids = self._joined_by(code, buffer, starts, ends)
+                between = np.flatnonzero(ids == number)
+                return np.delete(ids, between), between - np.arange(len(between))
+        apart = [one.replace(" ", SPACE) for one in substrings(buffer, starts, ends)]
+        return flat_ids(self._encode(apart), self._dtype)
 
-    def _together(
-        self, buffer: bytes, starts: np.ndarray, ends: np.ndarray, code: int, number: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _joined_by(self, code: int, buffer: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """The ids of the segments, that of the separator after each."""
         raw, stops = gathered(np.frombuffer(buffer, np.uint8), starts, ends - starts + 1)
         raw[stops - 1] = code
         whole = raw.tobytes()
         cuts = [0, *stops[_TOGETHER - 1 : -1 : _TOGETHER].tolist(), len(whole)]
         texts = [whole[begin:end].decode("utf-8").replace(" ", SPACE) for begin, end in pairwise(cuts)]
-        ids, _ = flat_ids(self._encode(texts), self._dtype)
-        between = np.flatnonzero(ids == number)
-        return np.delete(ids, between), between - np.arange(len(between))
+        return flat_ids(self._encode(texts), self._dtype)[0]
 
 
 def _ends_of_words(joined: Collection[tuple[str, str]]) -> Callable[[bytes], np.ndarray]:

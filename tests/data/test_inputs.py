@@ -29,6 +29,7 @@ from engine.data.inputs import (
     plan,
     read_span,
     text,
+    unit_bytes_of,
 )
 from engine.data.inputs.read import open_meter
 from engine.errors import UserError
@@ -155,6 +156,11 @@ def test_the_number_of_units_is_bounded_for_any_corpus() -> None:
     sources = [Source(str(n), "jsonl", "", "utf-8", 1 << 40, 0) for n in range(3)]
     units = plan(sources, "document")
     assert len(units) < 8200 and all(unit[0].start % (16 << 20) == 0 for unit in units)
+
+
+@pytest.mark.parametrize(("total", "megabytes"), [(0, 2), (10**8, 2), (6 * 10**8, 8), (1 << 30, 16), (1 << 50, 16)])
+def test_units_are_smaller_where_they_would_be_too_few_to_share_out(total: int, megabytes: int) -> None:
+    assert unit_bytes_of(total) == megabytes << 20
 
 
 @settings(max_examples=150, deadline=None)

@@ -160,7 +160,7 @@ FAULTS = {
 }
 
 
-def digest(content: bytes, block: int = 16 << 20) -> dict[str, str]:
+def digest(content: bytes, block: int = 2 << 20) -> dict[str, str]:
     """What P.json must tell of a file's bytes."""
     blocks = [hashlib.sha256(content[at : at + block]) for at in range(0, len(content), block)]
     if len(blocks) == 1:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.tokenizer import segments
-from engine.tokenizer.cut import _ends_of_words
+from engine.tokenizer.cut import _SEPARATORS, SPACE, _ends_of_words, _Joined
 from engine.tokenizer.segments import PADDING, SegmentMemo, flat_ids, substrings
 
 DTYPE = np.dtype("<i4")
@@ -63,6 +63,22 @@ def test_every_length_up_to_and_over_the_longest_key() -> None:
         assert look_up(memo, sample) == [model.ids(part) for part in sample]
 
 
+def test_of_long_segments_the_last_few_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_RECENT", 4)
+    rulers = [letter * (64 + place) for place, letter in enumerate("-+=*~")]
+    endless = "x" * 2000
+    model = Model()
+    memo = SegmentMemo(model, DTYPE)
+    sample = [rulers[0], "a", endless, rulers[1], rulers[0], endless, "b"]
+    for _ in range(3):
+        assert look_up(memo, sample) == [model.ids(part) for part in sample]
+    assert sorted(model.asked) == sorted([rulers[0], rulers[1], "a", "b", *[endless] * 3])
+    model.asked.clear()
+    for part in [*rulers[1:], rulers[1], rulers[0], rulers[1], rulers[2]]:  # a fifth pushes out the oldest
+        assert look_up(memo, [part]) == [model.ids(part)]
+    assert model.asked == [*rulers[2:], rulers[0], rulers[2]]
+
+
 def test_keys_that_all_fall_on_one_slot_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments.Table, "_home", lambda self, keys: np.zeros(keys.shape[1], np.int64))
     model = Model()
@@ -105,3 +121,25 @@ def test_words_end_at_signs_that_no_piece_has_behind_a_letter() -> None:
         raw = text.encode()
         at = np.flatnonzero(ends(raw)).tolist()
         assert [raw[begin:end].decode() for begin, end in pairwise([0, *at, len(raw)])] == words
+
+
+def test_segments_are_encoded_together_whatever_control_characters_they_hold() -> None:
+    """Each character is a token, but for one separator that makes two and one that a piece joins."""
+    calls: list[list[str]] = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        calls.append(texts)
+        return [[number for one in text for number in ([1, 2] if one == "\x1f" else [ord(one)])] for text in texts]
+
+    both = _Joined(encode, {("a", "b"), ("\n", "\x1e")}, DTYPE)
+    words = [f" w{number}é数" for number in range(250)]
+    for inside in ["", *map(chr, _SEPARATORS), "".join(map(chr, _SEPARATORS))]:
+        raw = [(word + inside).encode() for word in words]
+        stops = np.cumsum(list(map(len, raw)))
+        calls.clear()
+        ids, ends = both(b"".join(raw) + PADDING, stops - list(map(len, raw)), stops)
+        shown = [(word + inside).replace(" ", SPACE) for word in words]
+        assert [part.tolist() for part in np.split(ids, ends)[:-1]] == encode(shown)
+        assert len(calls[0]) == (3 if len(inside) < 2 else 250)
+        if len(inside) < 2:
+            assert "\x1e" not in calls[0][0] or inside == "\x1e"

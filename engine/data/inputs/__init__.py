@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, LeftOut
-from engine.data.inputs.plan import UNIT_BYTES, Span, Unit, plan
+from engine.data.inputs.plan import Span, Unit, plan, unit_bytes_of
 from engine.data.inputs.read import ReadOptions, read_span
 from engine.data.inputs.source import SPLITS, Source, find_sources
 
 __all__ = [
     "MAX_RECORD_BYTES",
     "SPLITS",
-    "UNIT_BYTES",
     "BadRecord",
     "Document",
     "Fault",
@@ -22,4 +21,5 @@ __all__ = [
     "find_sources",
     "plan",
     "read_span",
+    "unit_bytes_of",
 ]

@@ -6,7 +6,7 @@ import hashlib
 import io
 from typing import Any
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 2 << 20
 
 
 class Meter(io.RawIOBase):

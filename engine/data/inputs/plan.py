@@ -12,6 +12,8 @@ from typing import NamedTuple
 from engine.data.inputs.source import Source
 
 UNIT_BYTES = 16 << 20
+_LEAST_BYTES = 2 << 20
+_ENOUGH_UNITS = 64  # so many are shared out evenly; what a run of many smaller ones costs is not worth it
 _MAX_UNITS = 8192  # more would be a burden to folders and to memory; beyond 128 GB units grow
 
 
@@ -50,6 +52,14 @@ def _spans(sources: Sequence[Source], split_text: str, size: int) -> Iterator[Sp
         step = size if can_cut(source, split_text) else max(source.size, 1)
         for start in range(0, max(source.size, 1), step):
             yield Span(number, start, min(start + step, source.size))
+
+
+def unit_bytes_of(total: int) -> int:
+    """The size of the units of an input of `total` bytes: a power of two, at most UNIT_BYTES."""
+    size = UNIT_BYTES
+    while size > _LEAST_BYTES and total < size * _ENOUGH_UNITS:
+        size >>= 1
+    return size
 
 
 def can_cut(source: Source, split_text: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.data.dedup import parse_method
 from engine.data.indexed import token_dtype
-from engine.data.inputs import ReadOptions, Source, Unit, find_sources, plan
+from engine.data.inputs import ReadOptions, Source, Unit, find_sources, plan, unit_bytes_of
 from engine.data.inputs.meter import BLOCK_BYTES
 from engine.data.pipeline.settings import Settings
 from engine.data.pipeline.steps import parse_cleaning, parse_rules
@@ -48,6 +48,7 @@ class Job:
         for check, spec in ((parse_cleaning, settings.clean), (parse_rules, settings.quality),
                             (parse_method, settings.dedup)):
             check(spec)
+        sources = tuple(find_sources(settings.inputs, settings.encoding))
         return cls(
             version=VERSION,
             tokenizer=os.path.abspath(settings.tokenizer),
@@ -59,9 +60,9 @@ class Job:
             clean=settings.clean,
             quality=settings.quality,
             dedup=settings.dedup,
-            unit_bytes=settings.unit_bytes,
+            unit_bytes=settings.unit_bytes or unit_bytes_of(sum(source.size for source in sources)),
             on_error=settings.on_error,
-            sources=tuple(find_sources(settings.inputs, settings.encoding)),
+            sources=sources,
         )
 
     @property

@@ -152,24 +152,23 @@ class Merge:
     def _digests(self) -> list[dict[str, str]]:
         """For each file its sha256, or where it has several blocks the sha256 of theirs: spans of a file are read by
         different processes."""
-        blocks: list[list[str]] = [[] for _ in self.job.sources]
+        counts, alone = [0] * len(self.job.sources), [""] * len(self.job.sources)
+        whole = [hashlib.sha256() for _ in self.job.sources]
         for number, unit in enumerate(self.units):
             for span, read in zip(unit, self.shards.about(number)["spans"], strict=True):
-                blocks[span.source] += read["blocks"]
-        return [_digest(found, self.job.block_bytes) for found in blocks]
+                for block in read["blocks"]:
+                    counts[span.source] += 1
+                    alone[span.source] = block
+                    whole[span.source].update(bytes.fromhex(block))
+        key = f"sha256_of_blocks_of_{self.job.block_bytes}"
+        return [{"sha256": one} if count == 1 else {key: every.hexdigest()}
+                for count, one, every in zip(counts, alone, whole, strict=True)]
 
     def _part(self, number: int, part: str, dtype: str) -> np.ndarray:
         path = self.shards.path(number, part)
         if path.stat().st_size == 0:
             return np.empty(0, dtype)  # an empty file cannot be mapped
         return np.memmap(path, dtype=np.dtype(dtype), mode="r").view(np.ndarray)
-
-
-def _digest(blocks: list[str], block_bytes: int) -> dict[str, str]:
-    if len(blocks) == 1:
-        return {"sha256": blocks[0]}
-    whole = hashlib.sha256(b"".join(bytes.fromhex(block) for block in blocks))
-    return {f"sha256_of_blocks_of_{block_bytes}": whole.hexdigest()}
 
 
 def in_batches(tokens: np.ndarray, lengths: np.ndarray) -> Iterator[Batch]:

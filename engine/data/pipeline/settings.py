@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from engine.data.inputs import UNIT_BYTES
-
 DEFAULT_SEED = 1234
 NAMED_FAULTS = 20
 """Bad records that are named; the rest are counted."""
@@ -46,8 +44,8 @@ class Settings:
     overwrite: bool = False
     memory_bytes: int = 256 << 20
     """What ordering the documents may take. The output does not depend on it."""
-    unit_bytes: int = UNIT_BYTES
-    """The input is worked on in parts of at least this size."""
+    unit_bytes: int | None = None
+    """The input is worked on in parts of at least this size; None: chosen by the size of the input."""
 
     DECISIVE: ClassVar = ("json_key", "split_text", "encoding", "clean", "quality", "dedup", "shuffle_seed",
                           "append_eod", "on_error")

@@ -11,7 +11,7 @@ import contextlib
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -23,8 +23,10 @@ from engine.data.pipeline.work import Shards
 from engine.errors import UserError
 
 
-def run_team(shards: Shards, units: Iterable[int], workers: int, told: Told) -> None:
-    """Makes the shards of units by that many processes.
+def run_team(
+    shards: Shards, units: Iterable[int], workers: int, told: Told, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Makes the shards of units by that many processes. meanwhile: done here as they start.
 
     Raises UserError for a bad record and for a worker that dies."""
     context = multiprocessing.get_context("spawn")
@@ -36,6 +38,7 @@ def run_team(shards: Shards, units: Iterable[int], workers: int, told: Told) -> 
             process.start()
             theirs.close()  # the worker holds the only copy now
             team[ours] = process
+        meanwhile()
         _lead(list(team), iter(units), told)
     except (EOFError, OSError):
         raise UserError(
