@@ -7,13 +7,13 @@ with --no-shuffle. The files of the two have to be the same, byte for byte, or t
 
 A turn goes from the command's start to its end, with all its processes: CPU seconds, wall seconds, and the most memory
 (PSS) that they had together. Turns alternate; medians. How two workers of ours compare with one is told by a larger
-corpus, drawn from the same documents with repetition: a few seconds are mostly start-up.
+corpus: of a few seconds much is start-up.
 
-    python benchmarks/preprocess.py [--english JSONL] [--chinese JSONL] [--model M] [--large 500] [--rounds 5]
+    python benchmarks/preprocess.py [--english JSONL] [--chinese JSONL] [--large JSONL] [--model M] [--rounds 5]
         [--patience 600] [--save]
 
-Files are JSONL with "text", no two documents alike; without them texts are made here. M: a sentencepiece BPE model; by
-default one is trained on the texts.
+Files are JSONL with "text", no two documents alike; without them texts are made here, the large corpus by repetition.
+M: a sentencepiece BPE model; by default one is trained on the texts.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from common import ROOT, Quiet, keep, table
 from dedup import made_up
 
 OURS, THEIRS = "triax", "Megatron-LM's method"
+_LARGE = 500
+"""Megabytes."""
 _CHUNK = 32
 """Lines a worker gets at a time, as in Megatron-LM."""
 
@@ -225,10 +227,9 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, text in corpora.items():
         result[name] = compare_tools(text, model, (OURS, THEIRS), args.rounds, quiet)
         show(name, result[name])
-    if args.large:
-        large = write(folder / "large.jsonl", drawn(read(corpora["english"]), args.large))
-        result["large"] = compare_tools(large, model, (OURS,), min(args.rounds, 3), quiet)
-        show("english, drawn with repetition", result["large"])
+    large = Path(args.large) if args.large else write(folder / "large.jsonl", drawn(read(corpora["english"]), _LARGE))
+    result["large"] = compare_tools(large, model, (OURS,), args.rounds, quiet)
+    show("large", result["large"])
     print(f"\n{quiet}")
     return {**result, "quiet": str(quiet)}
 
@@ -242,9 +243,8 @@ def trained(corpora: Iterable[Path], folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--english", "--chinese", "--model"):
+    for name in ("--english", "--chinese", "--large", "--model"):
         parser.add_argument(name)
-    parser.add_argument("--large", type=float, default=500, help="megabytes of the large corpus; 0 for none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, default=600, help="seconds to wait for a quiet machine, in all")
     parser.add_argument("--save", action="store_true")
