@@ -20,7 +20,8 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
 
 
 def run_cli(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a tool's `main(argv)` and exits with its code; a UserError becomes `error: ...` and exit code 2."""
+    """Runs a tool's `main(argv)` and exits with its code; a UserError, or a file that cannot be used, becomes
+    `error: ...` and exit code 2."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -28,5 +29,10 @@ def run_cli(main: Callable[[list[str]], int]) -> NoReturn:
         code = 2
     except BrokenPipeError:
         code = 0  # the reader (head, less) has gone; nothing is wrong with us
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # not to be read, too long a name, ..
+        code = 2
     sys.stdout.flush()
     sys.exit(code)

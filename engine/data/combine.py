@@ -33,14 +33,29 @@ def read_facts(prefix: str) -> dict[str, Any] | None:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict) or facts.get("format") != "triax-corpus":
             raise ValueError('it has no "format": "triax-corpus"')
-        for name in ("tokenizer", "counts"):
-            if not isinstance(facts.get(name), dict):
-                raise ValueError(f'it has no "{name}"')
+        _check_facts(facts)
         return facts
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} does not tell how the corpus was made: {error}") from None
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    """Raises ValueError for what nobody can work with."""
+    for name, needed in (("tokenizer", ("vocab_size",)), ("counts", ("documents", "tokens"))):
+        part = facts.get(name)
+        if not isinstance(part, dict):
+            raise ValueError(f'it has no "{name}"')
+        for key in needed:
+            if not isinstance(part.get(key), int):
+                raise ValueError(f'"{name}" has no number "{key}"')
+    if not isinstance(facts["counts"].get("text_bytes", 0), int):
+        raise ValueError('"text_bytes" is no number')
+    inputs = facts.get("inputs") or []
+    whole = isinstance(inputs, list) and all(isinstance(one, dict) for one in inputs)
+    if not whole or not all(isinstance(one.get("size"), int) for one in inputs):
+        raise ValueError('"inputs" is no list of files with their sizes')
 
 
 def combine(prefixes: Sequence[str], output_prefix: str, overwrite: bool = False) -> Combined:

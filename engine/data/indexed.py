@@ -54,14 +54,17 @@ class IndexedDataset:
         self.prefix = str(prefix)
         self.idx_path, self.bin_path = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (self.idx_path, self.bin_path):
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise UserError(f"{path} does not exist; a corpus is given as its prefix, without .bin or .idx")
-        self._watched = [Watched(path) for path in (self.idx_path, self.bin_path)]
-        self.dtype, sequences, documents = self._read_header()
-        self._map_index(sequences, documents)
-        self._check_ends()
-        self.tokens = _map(self.bin_path, self.dtype)  # [total]
-        self._pieces = Tokens(ReadFile(self.bin_path), self.dtype)
+        try:
+            self._watched = [Watched(path) for path in (self.idx_path, self.bin_path)]
+            self.dtype, sequences, documents = self._read_header()
+            self._map_index(sequences, documents)
+            self._check_ends()
+            self.tokens = _map(self.bin_path, self.dtype)  # [total]
+            self._pieces = Tokens(ReadFile(self.bin_path), self.dtype)
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or prefix}: {error.strerror}") from None
 
     def _read_header(self) -> tuple[np.dtype[Any], int, int]:
         """The token dtype, the number of sequences and the length of the document index, checked against the size."""
@@ -109,7 +112,7 @@ class IndexedDataset:
         start = int(self.pointers[0]) if sequences else 0
         end = int(self.pointers[-1]) + int(self.sizes[-1]) * item if sequences else 0
         actual = self.bin_path.stat().st_size
-        if start != 0 or end != actual or (sequences and int(self.sizes[-1]) < 0):
+        if start != 0 or end != actual or actual % item or (sequences and int(self.sizes[-1]) < 0):
             raise UserError(
                 f"{self.idx_path} describes bytes {start} to {end} of {self.bin_path}, which has {actual} bytes; "
                 "the two files do not belong together or one is cut short"

@@ -39,7 +39,7 @@ def _made(facts: dict, tokens: int) -> Iterator[str]:
     if isinstance(settings, dict):
         yield "made with " + ", ".join(f"{name} {value}" for name, value in settings.items())
     for source in facts.get("inputs") or []:
-        yield f"from {source['name']}, {source['size']:,} bytes"
+        yield f"from {source.get('name')}, {source['size']:,} bytes"
 
 
 def document_lengths(corpus: IndexedDataset) -> Iterator[np.ndarray]:
@@ -47,6 +47,8 @@ def document_lengths(corpus: IndexedDataset) -> Iterator[np.ndarray]:
     item = corpus.dtype.itemsize
     for at in range(0, corpus.documents, _BLOCK):
         firsts = corpus.document_index[at : at + _BLOCK + 1]
+        if int(firsts.min()) < 0 or int(firsts.max()) > len(corpus.sizes):
+            raise UserError(f"{corpus.idx_path}: a document after {at} begins at no sequence; --verify says where")
         inside = firsts < len(corpus.sizes)
         starts = np.full(len(firsts), len(corpus.tokens), np.int64)
         starts[inside] = corpus.pointers[firsts[inside]] // item

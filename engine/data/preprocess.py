@@ -23,6 +23,7 @@ from engine.data.pipeline.shard import ShardMaker
 from engine.data.pipeline.team import run_team
 from engine.data.pipeline.work import Work
 from engine.data.progress import Progress
+from engine.data.quality_report import report_paths
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer, load_tokenizer
 
@@ -58,8 +59,9 @@ def prepare(settings: Settings, say: Callable[[str], None] = print, comm: Any = 
     tokenizer = load_tokenizer(settings.tokenizer)
     job = Job.of(settings, tokenizer)
     _check_paths(settings.output_prefix, job.sources)
+    reports = _report_paths(settings, job.sources, tokenizer)
     with Work(settings.output_prefix) as work:
-        _check_output(settings, work, job)
+        _check_output(settings, work, job, reports)
         _announce(settings, job, tokenizer, work, say)
         work.begin(job)
         try:
@@ -70,7 +72,7 @@ def prepare(settings: Settings, say: Callable[[str], None] = print, comm: Any = 
 
 
 def _make_folder(prefix: str) -> None:
-    if not os.path.basename(prefix) or Path(prefix).is_dir():
+    if not os.path.basename(prefix) or os.path.isdir(prefix):
         raise UserError(f"{prefix} is a folder; an output prefix ends in a name: {os.path.join(prefix, 'corpus')}")
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -91,12 +93,31 @@ def _check_paths(prefix: str, sources: Sequence[Source]) -> None:
             raise UserError(f"{source.path} is an input and would be overwritten; choose another --output-prefix")
 
 
-def _check_output(settings: Settings, work: Work, job: Job) -> None:
-    """Refuses to overwrite a corpus, but for what a killed run of this job was putting in place."""
-    existing = [str(path) for path in _outputs(settings.output_prefix) if path.exists()]
+def _report_paths(settings: Settings, sources: Sequence[Source], tokenizer: Tokenizer) -> list[Path]:
+    """The files of the report, if one is asked for. Raises UserError where they cannot be, or are other files of the
+    run."""
+    if settings.report is None:
+        return []
+    found = list(report_paths(settings.report))
+    taken: list[str | Path] = [source.path for source in sources]
+    taken += [*_outputs(settings.output_prefix), *tokenizer.files.values()]
+    kept = {os.path.realpath(path) for path in taken}
+    for path in found:
+        if os.path.realpath(path) in kept:
+            raise UserError(f"the report would overwrite {path}, another file of this run; choose another --report")
+        if os.path.isdir(path) or not os.path.isdir(path.parent):
+            reason = "it is a folder" if os.path.isdir(path) else "no such folder"
+            raise UserError(f"cannot write the report {path}: {reason}")
+    return found
+
+
+def _check_output(settings: Settings, work: Work, job: Job, reports: Sequence[Path]) -> None:
+    """Refuses to overwrite a corpus or a report, but for what a killed run of this job was putting in place."""
     ours = work.placing() and work.differences(job) == []
-    if existing and not settings.overwrite and not ours:
-        raise UserError(f"{', '.join(existing)} exists; choose another --output-prefix or say --overwrite")
+    for paths, name in ((_outputs(settings.output_prefix), "--output-prefix"), (reports, "--report")):
+        existing = [str(path) for path in paths if path.exists()]
+        if existing and not settings.overwrite and not ours:
+            raise UserError(f"{', '.join(existing)} exists; choose another {name} or say --overwrite")
 
 
 def _announce(settings: Settings, job: Job, tokenizer: Tokenizer, work: Work, say: Callable[[str], None]) -> None:
@@ -124,7 +145,7 @@ def _make_shards(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer,
     """Makes the shards that are missing."""
     units = job.units()
     sizes = [sum(span.stop - span.start for span in unit) for unit in units]
-    missing = [number for number in range(len(units)) if not work.finished(number)]
+    missing = [number for number in range(len(units)) if not _is_made(work, job, number)]
     left = sum(sizes[number] for number in missing)
     workers = min(settings.workers or cores(), len(missing))
     if comm is not None:
@@ -144,6 +165,11 @@ def _make_shards(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer,
                 maker.make(number, progress.add)
         else:
             run_team(work, missing, workers, progress.add, verify)
+
+
+def _is_made(work: Work, job: Job, number: int) -> bool:
+    """Whether a unit's shard is there and of use: not one that left bad records out, where these are to stop a run."""
+    return work.finished(number) and (job.on_error == "skip" or not work.about(number)["skipped"])
 
 
 def _with_way_on(error: BaseException, work: Work, job: Job) -> BaseException:
@@ -171,9 +197,9 @@ def _merge(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer) -> Co
 def _put_in_place(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer) -> Counts:
     merge = Merge(job, work, settings.memory_bytes)
     counts = merge.counts()
-    if settings.report:
-        merge.report.write(settings.report)
     if counts.documents == 0:
+        if settings.report:
+            merge.report.write(settings.report)
         work.discard()
         raise UserError(
             f"no document is left of {len(job.sources)} file(s): {counts.empty} empty, {counts.skipped} skipped, "
@@ -182,6 +208,8 @@ def _put_in_place(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer
     with IndexedWriter(settings.output_prefix, tokenizer.vocab_size) as writer:
         merge.write(writer, counts.documents, settings.shuffle_seed)
         work.place()
+        if settings.report:
+            merge.report.write(settings.report)
         writer.finish(merge.describe(settings, tokenizer, counts))
     work.discard()
     return counts

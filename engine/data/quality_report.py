@@ -104,11 +104,8 @@ class Report:
 
     def write(self, path: str | Path) -> None:
         """Writes JSON at path and the table beside it, ending in .txt. Raises UserError when it cannot."""
-        path = Path(path)
-        if path.suffix == ".txt":
-            raise UserError(f"the report {path} is JSON and a .txt is written beside it; name it {path.stem}.json")
         written = json.dumps(self.content(), indent=2, ensure_ascii=False) + "\n"
-        for target, content in ((path, written), (path.with_suffix(".txt"), self.table())):
+        for target, content in zip(report_paths(path), (written, self.table()), strict=True):
             partial = target.with_name(target.name + ".partial")
             try:
                 # A lone surrogate becomes the escape that JSON has for it.
@@ -145,6 +142,15 @@ class Report:
             f"{documents:,}", f"{documents / max(self.documents, 1):.2%}",
             f"{characters:,}", f"{characters / max(self.characters, 1):.2%}",
         )
+
+
+def report_paths(path: str | Path) -> tuple[Path, Path]:
+    """Where a report's JSON and its table lie. Raises UserError for a name that is the table's own."""
+    path = Path(path)
+    if path.suffix == ".txt" or not path.name:
+        name = f"{path.stem or 'report'}.json"
+        raise UserError(f"the report {path} is JSON and a .txt is written beside it; name it {name}")
+    return path, path.with_suffix(".txt")
 
 
 def _limit(entry: Mapping[str, Any]) -> str:

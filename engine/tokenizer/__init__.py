@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from engine.errors import UserError
@@ -22,9 +23,9 @@ def load_tokenizer(path: str) -> Tokenizer:
     Of tokenizer.model and tokenizer.json the model is read, unless the json holds more tokens than it (added after
     training); either comes before the others. Raises UserError when there is none or it cannot be read."""
     where = Path(path)
-    if where.is_file():
+    if os.path.isfile(where):
         return _load_file(where)
-    if not where.is_dir():
+    if not os.path.isdir(where):
         raise UserError(
             f"{path} is neither a .model or .tiktoken file nor a folder with tokenizer.model, tokenizer.json, or "
             "vocab.json and merges.txt"

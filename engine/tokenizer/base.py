@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.errors import UserError
 
-_GROUP = 1 << 18  # characters encoded at a time
+_GROUP = 1 << 20  # characters encoded at a time
 
 
 class Encoder(Protocol):

@@ -13,8 +13,8 @@ import regex
 from engine.tokenizer.safe_pairs import SafePairs
 from engine.tokenizer.segments import PADDING, SegmentMemo, gathered
 
-WORDS_BLOCK, CHARACTERS_BLOCK = 1 << 19, 1 << 17
-"""Characters encoded at a time, by each way of cutting: as many as the arrays fit a processor's cache for."""
+WORDS_BLOCK, CHARACTERS_BLOCK = 1 << 20, 1 << 18
+"""Characters encoded at a time, by each way of cutting. With fewer the calls of numpy are much of the time."""
 _WINDOW = 1 << 16  # characters of one text encoded apart from its others
 _SPARSE, _BEGINNING = 32, 1 << 12
 ALNUM = string.ascii_letters + string.digits

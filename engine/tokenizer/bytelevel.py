@@ -108,7 +108,7 @@ def load_gpt2(vocab: Path, merges: Path, files: dict[str, Path]) -> ByteLevelTok
             'give the pattern as "pat_str"'
         )
     named = {"bos": END, "eos": END} | named_tokens(folder)
-    special = unmade | added_tokens(folder)
+    special = unmade | added_tokens(folder, len(vocabulary.ids) + len(unmade))
     return ByteLevelTokenizer(
         vocabulary, _text(pattern, folder), special, files, defining=[vocab, merges], named=named, nfc=kind == "Qwen2"
     )
@@ -121,9 +121,10 @@ def load_tiktoken(path: Path, files: dict[str, Path]) -> ByteLevelTokenizer:
     config = read_object(folder / CONFIG)
     pattern, special = _TIKTOKENS.get(path.stem, (CL100K, {}))
     pattern = _text(config.get("pat_str") or pattern, folder)
-    special = special | added_tokens(folder)
+    vocabulary = read_tiktoken(path)
+    special = special | added_tokens(folder, len(vocabulary.ids) + len(special))
     named = {"eos": END} | named_tokens(folder)
-    return ByteLevelTokenizer(read_tiktoken(path), pattern, special, files, defining=[path], named=named)
+    return ByteLevelTokenizer(vocabulary, pattern, special, files, defining=[path], named=named)
 
 
 def _text(pattern: object, folder: Path) -> str:

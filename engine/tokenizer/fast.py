@@ -55,8 +55,11 @@ class FastTokenizer(Tokenizer):
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See Tokenizer.decode."""
-        return str(self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=True))
+        """See Tokenizer.decode. Raises ValueError for a negative id."""
+        numbers = [int(number) for number in ids]
+        if any(number < 0 for number in numbers):
+            raise ValueError(f"{min(numbers)} is no id")
+        return str(self._tokenizer.decode(numbers, skip_special_tokens=True))
 
     def token_id(self, piece: str) -> int | None:
         """See Tokenizer.token_id."""

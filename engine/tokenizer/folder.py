@@ -78,28 +78,38 @@ def named_tokens(folder: Path) -> dict[str, str]:
     return named
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens that stand beside the vocabulary, from added_tokens.json and tokenizer_config.json: text and id."""
+def added_tokens(folder: Path, count: int) -> dict[str, int]:
+    """Tokens that stand beside a vocabulary of `count`, from added_tokens.json and tokenizer_config.json: text and id.
+    Raises UserError."""
     found: dict[str, Any] = dict(read_object(folder / "added_tokens.json"))
     decoder = read_object(folder / CONFIG).get("added_tokens_decoder") or {}
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
         if isinstance(token, dict) and isinstance(token.get("content"), str):
             found[token["content"]] = int(number) if str(number).isdecimal() else number
-    check_ids(found, f"the added tokens in {folder}", room=None)
+    where = f"the added tokens in {folder}"
+    check_ids(found, where, alone=False)
+    check_highest(found, count + len(found), where)
     return found
 
 
-def check_ids(ids: Mapping[Any, Any], where: object, *, room: int | None = 2, distinct: bool = True) -> None:
-    """Raises UserError unless ids are whole numbers from 0, each once, and below `room` times their number (and 1024):
-    a model gets a row of weights for each number up to the highest."""
+def check_ids(ids: Mapping[Any, Any], where: object, *, alone: bool = True, distinct: bool = True) -> None:
+    """Raises UserError unless ids are whole numbers from 0, each once, and none too high for their number (alone: there
+    are no others)."""
     for token, number in ids.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise UserError(f"{where}: the id of {token!r} is {number!r}; ids are whole numbers from 0")
-    if ids and room and max(ids.values()) >= max(room * len(ids), 1024):
-        token = max(ids, key=ids.__getitem__)
-        raise UserError(f"{where}: the id of {token!r} is {ids[token]:,}, out of range for {len(ids):,} entries")
+    if alone:
+        check_highest(ids, len(ids), where)
     if distinct:
         check_distinct(ids, where)
+
+
+def check_highest(ids: Mapping[Any, int], count: int, where: object) -> None:
+    """Raises UserError for ids that, of `count` tokens in all, leave out more than half of the numbers: a model gets a
+    row of weights for each."""
+    token = max(ids, key=ids.__getitem__, default=None)
+    if token is not None and ids[token] >= max(2 * count, 1024):
+        raise UserError(f"{where}: the id of {token!r} is {ids[token]:,}, out of range for {count:,} entries")
 
 
 def check_distinct(ids: Mapping[Any, int], where: object) -> None:

@@ -15,6 +15,8 @@ from engine.tokenizer.patterns import GPT2, LLAMA3, O200K, QWEN2
 
 Json = Mapping[str, Any]
 _BYTE_OF = {character: byte for byte, character in byte_alphabet().items()}
+_FALLBACK = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+"""The pieces of bytes; merges that join or make them are not of Llama's kind."""
 _READ_ALIKE = (GPT2, LLAMA3, QWEN2, O200K)
 """Patterns that mean the same to the package regex and to the engine in `tokenizers`. In others `{1,3}+` or `$` do not:
 to the one the first never gives back what it took, to the other it repeats."""
@@ -45,6 +47,7 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
     if not isinstance(model, dict) or not model.get("vocab"):
         raise UserError(f"{path} is no tokenizer.json that can be read: it holds no vocabulary")
     vocabulary = model["vocab"]
+    _check_kinds(path, content)
     if isinstance(vocabulary, dict):
         added = {token["content"]: token["id"] for token in _added(content) if "content" in token and "id" in token}
         check_ids(vocabulary, path)
@@ -102,11 +105,11 @@ def plan(content: Json) -> Plan:
 def _spaced(content: Json, steps: list[Json]) -> Plan:
     """Llama's way: a space is U+2581, and one is put before the text."""
     model, normalizers = content["model"], steps_of(content.get("normalizer"), "normalizers")
-    if not model.get("byte_fallback") or any(f"<0x{byte:02X}>" not in model["vocab"] for byte in range(256)):
+    if not model.get("byte_fallback") or any(piece not in model["vocab"] for piece in _FALLBACK):
         raise CannotCut("without byte fallback it may join neighbouring unknowns, also across a cut")
     if model.get("ignore_merges"):
         raise CannotCut("it looks whole texts up in the vocabulary")
-    if any(piece.startswith("<0x") for pair in merge_pairs(model) for piece in pair):
+    if any(piece in _FALLBACK for pair in merge_pairs(model) for piece in (*pair, "".join(pair))):
         raise CannotCut("its merges join fallback bytes")
     replaces = [step for step in normalizers if step.get("type") == "Replace"]
     prepends = [step for step in normalizers if step.get("type") == "Prepend"]
@@ -158,6 +161,18 @@ def _to_bytes(piece: str) -> bytes:
 
 def _added(content: Json) -> list[Json]:
     return [token for token in content.get("added_tokens") or [] if isinstance(token, dict)]
+
+
+def _check_kinds(path: Path, content: Json) -> None:
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise UserError(f"{path}: the added tokens are no list")
+    for token in _added(content):
+        if not isinstance(token.get("content", ""), str):
+            raise UserError(f"{path}: the content of an added token is {str(token['content'])[:80]}, not text")
+    prefix = content["model"].get("continuing_subword_prefix")
+    if not isinstance(prefix or "", str):
+        raise UserError(f"{path}: the prefix of continuing subwords is {str(prefix)[:80]}, not text")
 
 
 def _check_merges(path: Path, vocabulary: Json, model: Json) -> None:

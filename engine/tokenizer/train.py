@@ -32,6 +32,7 @@ from engine.tokenizer.train_text import BOS, BYTES, EOS, NAMED, PAD, SENTENCE_BY
 __all__ = ["BOS", "EOS", "MODELS", "PAD", "SPECIAL", "UNK", "TrainReport", "check_request", "sentences", "train"]
 
 MODELS = ("bpe", "unigram")
+LARGEST = 1 << 24
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 """ChatML's."""
 _LONGEST_SPECIAL = 100
@@ -79,6 +80,8 @@ def check_request(vocab_size: int, model: str, special: Sequence[str]) -> None:
         if piece in special[:number]:
             raise UserError(f"the special piece {piece!r} is given twice")
     least = len(NAMED) + len(special) + len(BYTES) + 1
+    if vocab_size > LARGEST:
+        raise UserError(f"a vocabulary of {vocab_size:,} is larger than the {LARGEST:,} that can be trained")
     if vocab_size < least:
         raise UserError(
             f"a vocabulary of {vocab_size} cannot be trained: {len(BYTES)} bytes, {len(NAMED) + len(special)} control "

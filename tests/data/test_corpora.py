@@ -145,7 +145,32 @@ def test_a_broken_index_is_not_copied(tmp_path: Path) -> None:
         verify(str(one), None)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"tokenizer": {}}, '"tokenizer" has no number "vocab_size"'), ({"tokenizer": 5}, 'it has no "tokenizer"'),
+    ({"counts": {"documents": "3", "tokens": 6}}, '"counts" has no number "documents"'),
+    ({"counts": {"documents": 3, "tokens": 6, "text_bytes": []}}, '"text_bytes" is no number'),
+    ({"inputs": 5}, '"inputs" is no list'), ({"inputs": [{"name": "a"}]}, '"inputs" is no list'),
+])  # fmt: skip
+def test_facts_that_are_none_are_one_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    one = corpus(tmp_path / "one", [[[1, 2]], [[3]], [[4, 5, 6]]], FACTS)
+    facts = json.loads((tmp_path / "one.json").read_text())
+    (tmp_path / "one.json").write_text(json.dumps(facts | change))
+    for work in (lambda: overview(str(one)), lambda: combine([str(one)], str(tmp_path / "all"))):
+        with pytest.raises(UserError, match=message):
+            work()
+
+
 # --- looking
+
+
+def test_a_document_that_begins_nowhere_is_named(tmp_path: Path) -> None:
+    one = corpus(tmp_path / "one", [[[1, 2]], [[3]], [[4, 5, 6]]], FACTS)
+    raw = bytearray((tmp_path / "one.idx").read_bytes())
+    for number in (-100, 99):
+        raw[34 + 12 * 3 + 8 : 34 + 12 * 3 + 16] = number.to_bytes(8, "little", signed=True)
+        (tmp_path / "one.idx").write_bytes(raw)
+        with pytest.raises(UserError, match="begins at no sequence"):
+            overview(str(one))
 
 
 def test_lengths_are_those_of_documents_of_any_number_of_sequences(tmp_path: Path) -> None:

@@ -330,3 +330,20 @@ def test_missing_pair_names_the_file_and_unwritable_folder_is_refused(tmp_path: 
 
 def test_token_dtype_switches_where_megatron_does() -> None:
     assert [token_dtype(size).str for size in (65499, 65500)] == ["<u2", "<i4"]
+
+
+def test_a_bin_of_half_a_token_more_is_refused(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "c", 100) as writer:
+        writer.add_documents(np.array([1, 2]), np.array([1, 1]))
+        writer.finish()
+    raw = bytearray((tmp_path / "c.idx").read_bytes())
+    raw[34 + 8 + 8] = 1  # the second sequence's byte offset, in the middle of the first
+    (tmp_path / "c.idx").write_bytes(raw)
+    (tmp_path / "c.bin").write_bytes(b"abc")
+    with pytest.raises(UserError, match="do not belong together"):
+        IndexedDataset(tmp_path / "c")
+
+
+def test_a_prefix_too_long_for_a_name_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        IndexedDataset(tmp_path / ("c" * 300))

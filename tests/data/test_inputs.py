@@ -116,7 +116,7 @@ def test_what_cannot_be_input_is_refused_by_name(tmp_path: Path) -> None:
             find_sources([str(path) for path in given_])
     with pytest.raises(UserError, match="unknown --encoding utf-88; did you mean utf-8"):
         find_sources([str(tmp_path / "a.txt")], "utf-88")
-    for codec in ("base64", "rot13", "undefined", "no\nsuch"):
+    for codec in ("base64", "rot13", "undefined", "idna", "no\nsuch"):
         with pytest.raises(UserError, match="unknown --encoding"):
             find_sources([str(tmp_path / "a.txt")], codec)
 
@@ -348,7 +348,7 @@ def test_an_array_is_read_an_element_at_a_time(tmp_path: Path) -> None:
         ('[{"text": "a"}\n', 1, 2, "the file ends within the array"),
         ('[{"text": "a"}]\nx', 1, 2, "more text after the array's end"),
         ("[" * 100_000, 0, 1, "not JSON"),
-        ('[{"text": "a"}, ' + "9" * 10_000, 1, 1, "not JSON"),
+        ('[{"text": "a"},\n' + "9" * 10_000 + "]", 1, 2, "a number, not an object"),
     ],
 )
 def test_a_broken_array_is_named_with_its_line(
@@ -359,12 +359,29 @@ def test_a_broken_array_is_named_with_its_line(
     assert (fault.line, len(found) - 1) == (line, documents) and message in fault.message
 
 
+def test_a_number_of_any_length_beside_a_text_is_of_no_account(tmp_path: Path) -> None:
+    content = '[{"text": "a"}, {"text": "b", "n": ' + "9" * 10_000 + '}, {"text": "c"}]'
+    assert texts(put(tmp_path / "a.json", content)) == ["a", "b", "c"]
+
+
 def test_small_elements_after_a_large_one_take_no_longer(tmp_path: Path) -> None:
     """The lines before each were counted from the beginning of all that was held: minutes."""
     rows = ["x" * (8 << 20), *(f"{n}" for n in range(100_000))]
     path = put(tmp_path / "a.json", "[" + ",\n".join(f'{{"text": "{row}"}}' for row in rows) + ",\n1]")
     found = read(find_sources([str(path)])[0], ReadOptions())
     assert [item.line for item in found] == list(range(1, len(rows) + 2)) and isinstance(found[-1], Fault)
+
+
+def test_a_long_run_of_blanks_is_not_walked_through_from_every_span(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(tmp_path / "a.txt", "a\n" + " " * (8 << 20) + "\nb\n\nc")
+    read_back, options = [0], ReadOptions(split_text="blank")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: read_back.append(size) or real(file, size, at))
+    found = read(find_sources([str(path)])[0], options, 1 << 16)
+    assert [item.text for item in found if isinstance(item, Document)] == ["a", "b", "c"]
+    assert sum(read_back) < 3 * (8 << 20)
 
 
 def test_files_that_each_began_with_a_mark_may_be_put_together(tmp_path: Path) -> None:
@@ -409,6 +426,22 @@ def test_parquet_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_every_kind_of_text_column_is_read(tmp_path: Path, kind: str) -> None:
     arrow = pytest.importorskip("pyarrow")
     assert texts(parquet(tmp_path / "a.parquet", {"text": arrow.array(ROWS, type=kind)})) == ROWS
+
+
+def test_rows_that_share_one_long_text_take_the_memory_of_one(tmp_path: Path) -> None:
+    """A file of a few hundred bytes; as texts of their own the rows of a batch would be 1 GB."""
+    arrow = pytest.importorskip("pyarrow")
+    shared = arrow.DictionaryArray.from_arrays(arrow.array([0] * 256, arrow.int32()), arrow.array(["x" * (4 << 20)]))
+    path = parquet(tmp_path / "a.parquet", {"text": shared}, rows_a_group=256)
+    before = arrow.total_allocated_bytes()
+    (source,) = find_sources([str(path)])
+    most = count = 0
+    for (span,) in plan([source], "document", 1 << 20):
+        with open_meter(source, span.start, span.stop, ReadOptions(), 1 << 20) as meter:
+            for item in read_span(source, meter, ReadOptions()):
+                assert isinstance(item, Document) and len(item.text) == 4 << 20
+                most, count = max(most, arrow.total_allocated_bytes() - before), count + 1
+    assert count == 256 and most < 100 << 20
 
 
 # --- dumps

@@ -355,13 +355,56 @@ def test_cleaning_rules_and_the_report_name_what_they_took(
     for unit_bytes in (4_000, 1 << 20):
         prefix = tmp_path / f"c{unit_bytes}"
         counts = run(vocabulary, prefix, source, unit_bytes=unit_bytes, clean="control", quality="few_words=10",
-                     report=str(tmp_path / "report.json"), shuffle_seed=None)
+                     report=f"{prefix}-report.json", shuffle_seed=None)
         assert counts.dropped == {"few_words": 2} and counts.documents == 100
-        reports.append(json.loads((tmp_path / "report.json").read_text()))
+        reports.append(json.loads(Path(f"{prefix}-report.json").read_text()))
     assert reports[0] == reports[1]
     samples = {sample["where"]: sample["text"] for sample in reports[0]["dropped"]["few_words"]["samples"]}
     assert samples == {f"{source}:51": "too short", f"{source}:102": "x"}
-    assert (tmp_path / "report.txt").exists()
+    assert (tmp_path / "c4000-report.txt").exists()
     for wrong in ({"clean": "nfcc"}, {"quality": "few_word"}, {"dedup": "nearly"}):
         with pytest.raises(UserError, match="did you mean"):
             run(vocabulary, tmp_path / "d", source, **wrong)
+
+
+def test_shards_that_left_bad_records_out_do_not_serve_a_run_that_stops_at_them(
+    vocabulary: str, tmp_path: Path, jsonl: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl("in.jsonl", TEXTS)
+    source.write_text("BAD\n" + source.read_text())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, UserError("stopped"))
+        with pytest.raises(UserError, match="stopped; 1 of"):
+            run(vocabulary, tmp_path / "c", source, on_error="skip")
+    with pytest.raises(UserError, match="in.jsonl:1: not JSON"):
+        run(vocabulary, tmp_path / "c", source)
+    assert run(vocabulary, tmp_path / "c", source, on_error="skip").skipped == 1
+
+
+def test_a_report_overwrites_nothing(vocabulary: str, tmp_path: Path, jsonl: Write) -> None:
+    """Neither its JSON nor the table beside it."""
+    source = jsonl("in.json", TEXTS)
+    beside = jsonl("books.txt", TEXTS)
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    (tmp_path / "folder.json").mkdir()
+    model = Path(load_tokenizer(vocabulary).files["tokenizer.model"])
+    for report, message in [
+        (source, "another file of this run"), (beside.with_suffix(".json"), "another file of this run"),
+        (tmp_path / "c.json", "another file of this run"), (model, "another file of this run"),
+        (other, "exists; choose another --report"), (tmp_path / "folder.json", "it is a folder"),
+        (tmp_path / "none" / "r.json", "no such folder"), (tmp_path / "r.txt", "a .txt is written beside it"),
+    ]:  # fmt: skip
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match=message):
+            run(vocabulary, tmp_path / "c", source, beside, quality="few_words=2", report=str(report))
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    run(vocabulary, tmp_path / "c", source, quality="few_words=2", report=str(other), overwrite=True)
+    assert json.loads(other.read_text())["documents"] == 300
+
+
+def test_units_are_whole_blocks_of_a_digest(vocabulary: str, tmp_path: Path, jsonl: Write) -> None:
+    source = jsonl("in.jsonl", ["word " * 20_000] * 70)  # 7 MB
+    for megabytes in (2, 3, 16):
+        run(vocabulary, tmp_path / f"c{megabytes}", source, unit_bytes=megabytes << 20)
+    assert content(tmp_path / "c2") == content(tmp_path / "c3") == content(tmp_path / "c16")

@@ -229,6 +229,7 @@ def test_blend_reads_each_corpus_in_its_own_order(tmp_path: Path) -> None:
         ("a:0.5,b:inf", "is not a number"),
         ("a:0.5,b:1/0", "is not a number"),
         ("a:0.5,b:0", "must be above 0"),
+        ("a:0.5,b:1e-999999999", "must be above 0"),
         ("a:-1", "must be above 0"),
         ("a:0.5,a:0.5", "named twice"),
         (":1", "is not PREFIX:WEIGHT"),
@@ -244,6 +245,16 @@ def test_a_prefix_with_a_colon_or_comma_is_found_when_it_exists(tmp_path: Path) 
     prefix = corpus(tmp_path, [100], "a,b:1")
     assert parse_spec(prefix) == [(prefix, Fraction(1))]
     assert open_samples(prefix, seq_len=4, seed=0).tokens == 100
+
+
+def test_a_blend_of_hundreds_is_made_at_once() -> None:
+    """Looking for a better tree took minutes from sixty on; and a file's name cannot be as long as the whole spec."""
+    names = [f"corpus-{number:03d}" for number in range(300)]
+    spec = parse_spec(",".join(f"{name}:{number % 17 + 1}" for number, name in enumerate(names)))
+    assert [name for name, _ in spec] == names
+    blend = Blend([weight for _, weight in spec])
+    assert blend.error_bound < 2
+    _check_blend([weight for _, weight in spec], blend.error_bound + 1e-6)
 
 
 @pytest.mark.parametrize("bad", [{"seq_len": 0}, {"part": "test"}, {"valid_fraction": 1.0}, {"valid_fraction": -0.1}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.wiki import Page, Site, article, strip
-from engine.data.wiki.site import CANONICAL
+from engine.data.wiki.site import CANONICAL, site_of
 
 ENGLISH = Site()
 CHINESE = Site("zh", "zhwiki")
@@ -261,6 +262,7 @@ HOSTILE = {
     "rules": "-{" + "zh-cn:a;" * N + "}-", "arrows": "-{" + ";a=>" * N + "}-", "headings": "==a==\n" * N,
     "spaces": "x" + " " * N * 10 + "y", "lists": ": " * N + "{|", "lines": "\n" + " " * 50 + "\n" * N,
     "brackets": "({{a}}, " * N, "gaps": "(" + "{{a}}; " * N, "files": "[[File:a.jpg|thumb|b " * N,
+    "comma, gaps": "long text " * N + "," + "{{a}}," * N,
     "arguments": "{{convert" + "|1|to" * N + "}}", "named": "{{lang|" + "a=|" * N + "}}",
     "pipes": "[[(" + "a (" * N + "|]]",
     "paragraph": "word\n" * N, "entities": "&#1" * N, "underlines": "__A" * N,
@@ -273,6 +275,21 @@ HOSTILE = {
 def test_hostile_markup_takes_linear_time(name: str) -> None:
     """120,000 squared is 14 billion steps, minutes even in C: the test would not end. Each takes a second at most."""
     assert not re.search(r"\{\{|\[\[|<!--|\n\n\n", text(HOSTILE[name]))
+
+
+@pytest.mark.timeout(60)
+def test_a_hostile_siteinfo_takes_linear_time() -> None:
+    for head in (b'<namespace ' + b'key="1" ' * N + b"<x>", b'<namespace key="1">' * N, b"<dbname>" * N):
+        assert site_of(b"<mediawiki><siteinfo>" + head).language == "en"
+
+
+def test_names_of_templates_are_not_kept_whatever_their_length() -> None:
+    tracemalloc.start()
+    for number in range(30):
+        assert text("{{" + f"{number}" + "x" * 1_000_000 + "}}after") == "after"
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 10_000_000
 
 
 def test_depth_is_cut_where_joining_would_take_squared_time() -> None:

@@ -179,3 +179,47 @@ def test_two_rank_files_in_a_folder_are_a_question(tmp_path: Path) -> None:
 def test_decoding_an_id_outside_of_the_vocabulary_is_an_error(tmp_path: Path, ids: list[int]) -> None:
     with pytest.raises(ValueError, match="is not in the vocabulary of 260"):
         load_tokenizer(write_pair(tmp_path)).decode(ids)
+
+
+@pytest.mark.parametrize("added, message", [
+    ([{"content": [], "id": 0}], "the content of an added token is"), (5, "the added tokens are no list"),
+])  # fmt: skip
+def test_added_tokens_that_are_none_are_one_line(tmp_path: Path, added: Any, message: str) -> None:
+    write_json(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": added}))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(str(tmp_path))
+    content["model"]["continuing_subword_prefix"] = 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="the prefix of continuing subwords is 5, not text"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_an_added_id_far_out_is_refused(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": 10**12}))
+    with pytest.raises(UserError, match=r"the id of '<\|end\|>' is 1,000,000,000,000, out of range for 261 entries"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_merges_that_spell_a_byte_piece_are_left_to_the_library(tmp_path: Path) -> None:
+    """Text that reads <0x1F> would become the id that stands for the byte."""
+    bytes_ = {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    pieces = ["\u2581", *"ab<0x1F>", "0x", "1F", "0x1F", "0x1F>"]
+    vocabulary = {"<unk>": 0} | bytes_ | {piece: 257 + number for number, piece in enumerate(dict.fromkeys(pieces))}
+    write_json(tmp_path, vocabulary, ["0 x", "1 F", "0x 1F", "0x1F >", "< 0x1F>"])
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, replace]
+    content |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None, "decoder": None}
+    content["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert "its merges join fallback bytes" in tokenizer.describe()
+    tokenizer.verify_sample(["a <0x1F> b", "a\x1fb", "<0x1F>"])
+
+
+def test_paths_too_long_for_a_name_are_one_line() -> None:
+    with pytest.raises(UserError, match="is neither a .model"):
+        load_tokenizer("x" * 5000)

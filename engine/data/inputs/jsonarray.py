@@ -88,7 +88,7 @@ def read_array(stream: IO[bytes], encoding: str, json_key: str) -> Iterator[Docu
 
 def _element(window: _Window) -> object:
     """The next value. Raises BadRecord."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=float)  # int refuses more digits than a few thousand
     while True:
         try:
             value, end = decoder.raw_decode(window.text, window.at)

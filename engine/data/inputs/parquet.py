@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,13 +25,17 @@ def read_rows(path: str, start: int, stop: int, column: str) -> Iterator[Documen
     try:
         with ParquetFile(path) as file:
             fault = _column_fault(file, column)
-            if fault is not None:
-                if start == 0:
-                    yield Fault(1, fault)
-                return
+            metadata = file.metadata
+        if fault is not None:
+            if start == 0:
+                yield Fault(1, fault)
+            return
+        # A dictionary keeps one copy of a text that many rows share, however long it is.
+        with ParquetFile(path, metadata=metadata, read_dictionary=[column]) as file:
+            last = os.path.getsize(path) - 1
             for group in range(file.num_row_groups):
                 about = file.metadata.row_group(group)
-                if start <= _offset(about) < stop:
+                if start <= min(_offset(about), last) < stop:  # one that cannot be there is the last span's to name
                     yield from _rows(file, group, column, row)
                 row += about.num_rows
     except pyarrow.ArrowException as error:
@@ -41,7 +46,7 @@ def _offset(group: Any) -> int:
     """The byte at which a row group begins."""
     chunk = group.column(0)
     offsets = [chunk.data_page_offset, chunk.dictionary_page_offset]
-    return min(offset for offset in offsets if offset is not None)
+    return max(0, min(offset for offset in offsets if offset is not None))
 
 
 def _column_fault(file: Any, column: str) -> str | None:

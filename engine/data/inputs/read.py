@@ -101,4 +101,6 @@ def _begins_inside(path: str, start: int, stop: int | None) -> bool:
             at += len(line)
             if line.endswith(b"\n") or (stop is not None and at > stop):
                 break
+        if not line.endswith(b"\n") or (stop is not None and at >= stop):
+            return False  # none begins there
         return text.follows_text(lambda low, high: os.pread(file.fileno(), high - low, low), at)

@@ -94,7 +94,9 @@ def find_sources(inputs: Sequence[str], encoding: str = "utf-8") -> list[Source]
 
 def _codec(name: str) -> str:
     try:
-        "".encode(name)  # which Python's codecs that are no encodings of text (base64, rot13) refuse
+        # Python's codecs that are no encodings of text refuse the first (base64, rot13) or the second (idna).
+        "".encode(name)
+        bytes(32).decode(name, "ignore")
         return codecs.lookup(name).name
     except (LookupError, ValueError):
         hint = nearest(name, ("utf-8", "utf-16", "latin-1", "cp1252", "gb18030", "gbk", "big5", "shift_jis", "koi8-r"))

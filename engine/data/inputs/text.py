@@ -131,10 +131,12 @@ def _text(line: int, data: bytes, encoding: str) -> Document | Fault:
 
 
 def follows_text(read_back: Callable[[int, int], bytes], offset: int) -> bool:
-    """Whether the line before the one at byte `offset` > 0 holds more than blanks. read_back(start, stop) gives bytes
-    of the file."""
+    """Whether the line before the one at byte `offset` > 0 holds more than blanks, or is too long to tell, as it is for
+    `lines`. read_back(start, stop) gives bytes of the file."""
     stop = offset - 1  # where that line's end stands
     while stop > 0:
+        if offset - 1 - stop > MAX_RECORD_BYTES:
+            return True
         start = max(0, stop - 4096)
         block = read_back(start, stop)
         line = block[block.rfind(b"\n") + 1 :]

@@ -60,7 +60,7 @@ class Job:
             clean=settings.clean,
             quality=settings.quality,
             dedup=settings.dedup,
-            unit_bytes=settings.unit_bytes or unit_bytes_of(sum(source.size for source in sources)),
+            unit_bytes=_whole_blocks(settings.unit_bytes or unit_bytes_of(sum(source.size for source in sources))),
             on_error=settings.on_error,
             sources=sources,
         )
@@ -119,3 +119,8 @@ class Job:
         for name in ("version", "dtype", "eod_id", "json_key", "split_text", "clean", "quality", "dedup", "unit_bytes"):
             if getattr(self, name) != getattr(other, name):
                 yield f"{name} was {getattr(other, name)} and is {getattr(self, name)}"
+
+
+def _whole_blocks(size: int) -> int:
+    """A size, brought up to whole blocks of a file's digest where it is larger than one."""
+    return size if size <= BLOCK_BYTES else -(-size // BLOCK_BYTES) * BLOCK_BYTES

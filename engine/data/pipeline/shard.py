@@ -26,7 +26,8 @@ from engine.tokenizer import Tokenizer, load_tokenizer
 Told = Callable[[int, int], None]
 """Told now and then: input bytes read and documents written since it was told last."""
 
-_BATCH = 1 << 18  # characters encoded at a time
+_BATCH = 1 << 20  # characters encoded at a time
+_SAMPLE = 1 << 16  # characters of a document at most that the encoder is checked on
 _EVERY_S = 0.5
 
 
@@ -170,7 +171,7 @@ class ShardMaker:
             source = self.job.sources[span.source]
             with self._meter(source, span) as meter:
                 items = read_span(source, meter, self.job.read_options)
-                found = (self.cleaner.clean(item.text)[:_BATCH] for item in items if isinstance(item, Document))
+                found = (self.cleaner.clean(item.text)[:_SAMPLE] for item in items if isinstance(item, Document))
                 texts += itertools.islice(found, documents)
         return texts
 

@@ -40,7 +40,7 @@ def run_team(
             team[ours] = process
         meanwhile()
         _lead(list(team), iter(units), told)
-    except (EOFError, OSError):
+    except _Died:
         raise UserError(
             f"one of the {workers} worker processes died (killed, or out of memory); try again with fewer --workers"
         ) from None
@@ -51,8 +51,12 @@ def run_team(
             process.join()
 
 
+class _Died(Exception):
+    """A worker is no more."""
+
+
 def _lead(idle: list[Connection], units: Iterator[int], told: Told) -> None:
-    """Keeps every worker at work until all units are done. Raises EOFError or OSError where one has died."""
+    """Keeps every worker at work until all units are done. Raises _Died."""
     busy: set[Connection] = set()
     more = True
     while more or busy:
@@ -61,11 +65,13 @@ def _lead(idle: list[Connection], units: Iterator[int], told: Told) -> None:
             if unit is None:
                 more = False
                 break
-            idle[-1].send(unit)
+            with _alive():
+                idle[-1].send(unit)
             busy.add(idle.pop())
         ready: Any = wait(list(busy)) if busy else ()
         for pipe in ready:
-            kind, *rest = pipe.recv()
+            with _alive():
+                kind, *rest = pipe.recv()
             if kind == "done":
                 busy.remove(pipe)
                 idle.append(pipe)
@@ -75,6 +81,15 @@ def _lead(idle: list[Connection], units: Iterator[int], told: Told) -> None:
                 raise RuntimeError(f"a worker process failed:\n{rest[0]}")
             else:
                 told(*rest)
+
+
+@contextlib.contextmanager
+def _alive() -> Iterator[None]:
+    """Raises _Died where a pipe has no other end."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise _Died from None
 
 
 def _serve(pipe: Connection, folder: Path, token: str) -> None:
@@ -95,6 +110,8 @@ def _serve(pipe: Connection, folder: Path, token: str) -> None:
             raise
         except UserError as error:
             answer = ("error", str(error))
+        except MemoryError:
+            answer = ("error", "a worker process has no more memory; try again with fewer --workers")
         except Exception:
             answer = ("crash", traceback.format_exc())
         pipe.send(answer)

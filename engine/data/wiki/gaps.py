@@ -22,27 +22,37 @@ def close_gaps(text: str) -> str:
         return text
     pieces = text.split(MARK)
     out: list[str] = []
-    left = pieces[0]
+    bare, tail = _parted(pieces[0])  # what stands left of the mark; it may be long, and many marks may follow it
     for right in pieces[1:]:
-        bare, body = left.rstrip(_SEPARATORS), right.lstrip(_SEPARATORS)
+        left, body = bare, right.lstrip(_SEPARATORS)
         if bare.endswith(_OPENING):
             if not body.startswith(_CLOSING):
-                left, right = bare, body
+                right = body
                 if not body:
+                    tail = ""
                     continue  # separators alone: another gap follows
             else:
                 left, right = bare[:-1], body[1:]
                 if left.endswith(" ") and right.startswith(_NO_SPACE_BEFORE):
                     left = left[:-1]
         elif body.startswith(_CLOSING):
-            left, right = bare, body
-        elif left != bare and right[:1] in _COMMAS and left.rstrip(" ")[-1:] in _COMMAS:
-            left, right = left.rstrip(" "), right[1:]
+            right = body
+        elif right[:1] in _COMMAS and tail.rstrip(" ")[-1:] in _COMMAS:
+            tail, right = tail.rstrip(" "), right[1:]
             if not body:
                 continue
-        elif left.endswith(" ") and right.startswith(_NO_SPACE_BEFORE):
-            left = left[:-1]
+            left = bare + tail
+        elif tail.endswith(" ") and right.startswith(_NO_SPACE_BEFORE):
+            left = bare + tail[:-1]
+        else:
+            left = bare + tail
         out.append(left)
-        left = right
-    out.append(left)
+        bare, tail = _parted(right)
+    out.append(bare + tail)
     return MARK.join(out)
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """A text without the separators at its end, and those."""
+    bare = text.rstrip(_SEPARATORS)
+    return bare, text[len(bare) :]

@@ -17,7 +17,7 @@ _TOKEN = re.compile(r"(\{\{|\}\}|\[\[|\]\])")
 _OPENER = {"}}": "{{", "]]": "[["}
 _TABLE = re.compile(r"\n[ :*#;\0]*+(?:(\{\|)|\|\}(?!\}))")
 _UNCLOSED_TABLE_LINE = re.compile(r"\n *+(?:\{\||!)[^\n]*+")
-_CACHED_NAMES = 4096
+_CACHED_NAMES, _CACHED_LENGTH = 4096, 200
 _FUNCTIONS = re.compile(r"\s*(formatnum|lc|uc|lcfirst|ucfirst):", re.IGNORECASE)
 
 
@@ -80,7 +80,8 @@ class Nesting:
         rule = (lambda arguments: arguments[1]) if function else self._templates.rule(name)
         if len(self._rules) >= _CACHED_NAMES:
             self._rules.clear()
-        self._rules[name] = rule
+        if len(name) <= _CACHED_LENGTH:
+            self._rules[name] = rule
         return rule
 
     def _link(self, text: str) -> str:

@@ -103,8 +103,9 @@ def site_of(head: bytes) -> Site:
     text = head.decode("utf-8", "replace")
     dbname = _element(text, "dbname")
     names: dict[int, tuple[str, ...]] = {}
-    for match in re.finditer(r'<namespace\b[^<>]*\bkey="(-?\d{1,6})"[^<>]*?(?:/>|>([^<]*)</namespace>)', text):
-        names[int(match[1])] = (unescape(match[2] or "").replace("_", " "),)
+    for match in re.finditer(r"<namespace\b([^<>]*+)>(?:(?<=/>)|([^<]*+)</namespace>)", text):
+        if own_key := re.search(r'\bkey="(-?\d{1,6})"', match[1]):
+            names[int(own_key[1])] = (unescape(match[2] or "").replace("_", " "),)
     for key, canonical in CANONICAL.items():
         own = names.get(key, ())
         names[key] = own + tuple(name for name in canonical if name not in own)
