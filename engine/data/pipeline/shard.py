@@ -64,10 +64,18 @@ class ShardMaker:
         )  # fmt: skip
 
     def make(self, number: int, told: Told) -> None:
-        """Writes the shard of one unit. Raises UserError at the first bad record where the job asks to stop, for a
-        source that changed, and when the disk is full."""
-        drafts = {part: self.shards.draft(number, part) for part in self.job.parts}
+        """Writes the shard of one unit and puts it in place. Raises UserError, as `write` does."""
+        try:
+            self.write(number, told)
+            self.shards.publish(number, self.job.parts)
+        finally:
+            self.shards.discard_drafts(number, self.job.parts)
+
+    def write(self, number: int, told: Told) -> None:
+        """Writes the draft of a unit's shard. Raises UserError at the first bad record where the job asks to stop, for
+        a source that changed, and when the disk is full."""
         shard = Shard()
+        drafts = {part: self.shards.draft(number, part) for part in self.job.parts}
         try:
             with contextlib.ExitStack() as stack:
                 files = {part: stack.enter_context(open(path, "wb")) for part, path in drafts.items()}
@@ -75,14 +83,11 @@ class ShardMaker:
                     for part, array in arrays.items():
                         files[part].write(np.ascontiguousarray(array).data)
                 shard.sizes = {part: file.tell() for part, file in files.items()}
-                self.shards.publish(number, asdict(shard), files)
+            self.shards.write_about(number, asdict(shard))
         except ConnectionError:
             raise  # the pipe on which we report: the run has ended
         except OSError as error:
             raise UserError(f"cannot write to {self.shards.folder}: {error.strerror or error}") from None
-        finally:
-            for path in drafts.values():
-                path.unlink(missing_ok=True)
 
     def _batches(self, unit: Unit, shard: Shard, told: Told) -> Iterator[dict[str, np.ndarray]]:
         """What goes to each of the shard's files, a batch of documents at a time."""

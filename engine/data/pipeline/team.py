@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -24,9 +26,11 @@ from engine.errors import UserError
 
 
 def run_team(
-    shards: Shards, units: Iterable[int], workers: int, told: Told, meanwhile: Callable[[], None] = lambda: None
+    job: Job, shards: Shards, units: Iterable[int], workers: int, told: Told,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Makes the shards of units by that many processes. meanwhile: done here as they start.
+    """Makes the shards of units by that many processes. They are put in place from here, so that nobody else waits for
+    the disk. meanwhile: done here as they start.
 
     Raises UserError for a bad record and for a worker that dies."""
     context = multiprocessing.get_context("spawn")
@@ -39,7 +43,7 @@ def run_team(
             theirs.close()  # the worker holds the only copy now
             team[ours] = process
         meanwhile()
-        _lead(list(team), iter(units), told)
+        _lead(list(team), iter(units), told, partial(shards.publish, parts=job.parts))
     except _Died:
         raise UserError(
             f"one of the {workers} worker processes died (killed, or out of memory); try again with fewer --workers"
@@ -55,11 +59,13 @@ class _Died(Exception):
     """A worker is no more."""
 
 
-def _lead(idle: list[Connection], units: Iterator[int], told: Told) -> None:
-    """Keeps every worker at work until all units are done. Raises _Died."""
+def _lead(idle: list[Connection], units: Iterator[int], told: Told, publish: Callable[..., None]) -> None:
+    """Keeps every worker at work until all units are done; what they have written is put in place while they go on.
+    publish: is told the unit and pid=the process that wrote it. Raises _Died, and what publish raises."""
     busy: set[Connection] = set()
+    written: list[tuple[int, int]] = []
     more = True
-    while more or busy:
+    while more or busy or written:
         while more and idle:
             unit = next(units, None)
             if unit is None:
@@ -68,14 +74,20 @@ def _lead(idle: list[Connection], units: Iterator[int], told: Told) -> None:
             with _alive():
                 idle[-1].send(unit)
             busy.add(idle.pop())
-        ready: Any = wait(list(busy)) if busy else ()
+        if written:
+            unit, pid = written.pop()
+            publish(unit, pid=pid)
+        ready: Any = wait(list(busy), timeout=0 if written else None) if busy else ()
         for pipe in ready:
             with _alive():
                 kind, *rest = pipe.recv()
-            if kind == "done":
+            if kind == "written":
+                written.append((rest[0], rest[1]))
                 busy.remove(pipe)
                 idle.append(pipe)
             elif kind == "error":
+                for unit, pid in written:
+                    publish(unit, pid=pid)
                 raise UserError(rest[0])
             elif kind == "crash":
                 raise RuntimeError(f"a worker process failed:\n{rest[0]}")
@@ -104,8 +116,9 @@ def _serve(pipe: Connection, folder: Path, token: str) -> None:
         try:
             maker = ShardMaker(Job.load(folder / "job.json"), Shards(folder, token))
             while True:
-                maker.make(pipe.recv(), report)
-                pipe.send(("done",))
+                unit = pipe.recv()
+                maker.write(unit, report)
+                pipe.send(("written", unit, os.getpid()))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except UserError as error:

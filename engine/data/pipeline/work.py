@@ -11,10 +11,10 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from engine.data.indexed import claim, empty, remove, sync, sync_folder, with_suffix
 from engine.data.pipeline.job import Job
@@ -31,22 +31,33 @@ class Shards:
         """Where a part of a finished shard lies."""
         return self.folder / f"{unit:07d}.{part}"
 
-    def draft(self, unit: int, part: str) -> Path:
-        """Where it is written before, apart from every other process'."""
-        return self.folder / f"{unit:07d}.{part}.{self.token}.{os.getpid()}"
+    def draft(self, unit: int, part: str, pid: int | None = None) -> Path:
+        """Where process `pid`, by default this one, writes it before, apart from every other."""
+        return self.folder / f"{unit:07d}.{part}.{self.token}.{pid or os.getpid()}"
 
-    def publish(self, unit: int, about: Mapping[str, Any], files: Mapping[str, IO[bytes]]) -> None:
-        """Puts a shard in place: its files are on the disk before the JSON that vouches for them."""
-        for file in files.values():
-            sync(file)
-            file.close()
-        with open(self.draft(unit, "json"), "w", encoding="utf-8") as text:
-            json.dump(about, text)  # in ASCII: names of files may have no UTF-8
-            sync(text)
-        if not self.is_current():
-            raise UserError(f"another run has taken over {self.folder}")
-        for part in (*files, "json"):
-            os.replace(self.draft(unit, part), self.path(unit, part))
+    def write_about(self, unit: int, about: Mapping[str, Any]) -> None:
+        """Writes the draft of a shard's JSON, in ASCII: names of files may have no UTF-8. Raises OSError."""
+        self.draft(unit, "json").write_text(json.dumps(about), encoding="ascii")
+
+    def publish(self, unit: int, parts: Sequence[str], pid: int | None = None) -> None:
+        """Puts a shard in place that process `pid` has written: its files are on the disk before the JSON that vouches
+        for them. Raises UserError."""
+        names = (*parts, "json")
+        try:
+            for part in names:
+                with open(self.draft(unit, part, pid), "rb") as file:
+                    os.fsync(file.fileno())
+            if not self.is_current():
+                raise UserError(f"another run has taken over {self.folder}")
+            for part in names:
+                os.replace(self.draft(unit, part, pid), self.path(unit, part))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
+
+    def discard_drafts(self, unit: int, parts: Sequence[str]) -> None:
+        """Removes what this process has written of a shard and not published."""
+        for part in (*parts, "json"):
+            self.draft(unit, part).unlink(missing_ok=True)
 
     def is_current(self) -> bool:
         """Whether the run that drew our token still owns the folder."""
