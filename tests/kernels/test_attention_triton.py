@@ -146,7 +146,8 @@ def test_what_is_masked_may_be_nan() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}])
 def test_statistics_and_their_gradient(options: dict[str, Any]) -> None:
-    inputs = made(1, 4, 2, 37, 37, 64)
+    # Of few numbers PyTorch's own largest error is a matter of chance and processor: here it is not small.
+    inputs = made(4, 4, 2, 64, 128, 64)
     assert_as_good(lambda *x: attention_statistics(*x, by="triton", **options),
                    lambda *x: attention_statistics(*x, by="reference", **options), inputs, torch.float32)
 
