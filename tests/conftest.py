@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch and numpy are i
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, under Triton's interpreter: 3 to 10 times faster
 
 import torch  # noqa: E402
+
+# A shell that starts the suite in the background has SIGINT ignored, and the processes that tests start would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TIMEOUT = 120.0
 """Seconds a job on the pool may take; a rank that hangs fails its test, not the session."""

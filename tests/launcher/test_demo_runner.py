@@ -108,9 +108,7 @@ demo.ROOT = Path({str(tmp_path)!r})
 demo.stages = lambda: [demo.Stage(name="s", what="sleeps", commands=(("python", "-c", {child!r}),))]
 sys.exit(demo.main())
 """
-    # A shell that starts the suite in the background has SIGINT ignored, and children inherit that.
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     pid = next(int(line.split()[-1]) for line in process.stdout if line.startswith("    | pid"))
     process.send_signal(number)
