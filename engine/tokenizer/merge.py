@@ -42,7 +42,7 @@ class BatchMerge:
         self._made = np.zeros(len(ranks), np.int32)
         self._made[ranks] = made
         self._ranks = Table(1)
-        self._ranks.insert(_keys(left, right), ranks, ranks)
+        self._ranks.insert(_keys(left, right), ranks)
         self._of_bytes = self._rank(*np.divmod(np.arange((_NOTHING + 1) ** 2), _NOTHING + 1))
 
     def __call__(self, buffer: bytes, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,8 +126,8 @@ class BatchMerge:
         return parts.reshape(n, -1), ranks.reshape(n, -1)
 
     def _rank(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        slot = self._ranks.find(_keys(left, right))
-        return np.where(slot < 0, np.int32(_NEVER), self._ranks.start.take(slot))
+        found = self._ranks.find(_keys(left, right))
+        return np.where(found < 0, _NEVER, found).astype(np.int32)
 
     def _flat(self, done: list[_Done], pieces: int) -> tuple[np.ndarray, np.ndarray]:
         count = np.zeros(pieces, np.int64)
@@ -144,4 +144,4 @@ class BatchMerge:
 
 def _keys(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Pairs of parts as keys of a Table, which are never 0."""
-    return (left.astype("<u8") << np.uint64(32) | (right + 1).astype("<u8"))[np.newaxis]
+    return (left.astype("<u8") << np.uint64(32) | (right + 1).astype("<u8"))[:, np.newaxis]

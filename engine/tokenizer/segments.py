@@ -1,8 +1,8 @@
 """Segments of text and their ids, remembered in numpy: most of a corpus is the same words again.
 
-A segment of up to 63 bytes is a key of two, four or eight 64-bit numbers: its bytes, and in the last byte its length.
-All segments of a block of text are looked up at once in a hash table of such keys, compared in full, so that no two
-are ever mistaken for each other; and all ids are gathered at once. There is no Python work for each word or token.
+A segment of up to 55 bytes is a key of three or seven 64-bit numbers: its bytes, and in the last byte its length. All
+segments of a block of text are looked up at once in a hash table of such keys, compared in full, so that no two are
+ever mistaken for each other; and all ids are gathered at once. There is no Python work for each word or token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.tokenizer.safe_pairs import CODE_POINTS
 
-LIMIT_BYTES = 64 << 20
+LIMIT_BYTES = 80 << 20
 """Memory that one memo may take. It is emptied when full: what is common comes back at once."""
 PADDING = bytes(64)
 """Has to follow the text in a buffer, as keys are read in whole."""
@@ -27,108 +27,109 @@ Spans = Callable[[bytes, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """A buffer of UTF-8 (with PADDING), and where segments start and end in it [n] -> the ids of all of them one after
 another, and for each segment where its ids end [n]."""
 
-_WIDTHS = (2, 4, 8)  # 64-bit numbers in a key; a segment must be shorter than its key by the byte for its length
+_WIDTHS = (3, 7)  # 64-bit numbers in a key; a segment must be shorter than its key by the byte for its length
 _LONG = len(_WIDTHS)
-_KINDS = np.repeat(np.arange(_LONG + 1, dtype=np.uint8), (16, 16, 32, 1))  # which of them has a length's keys
-_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], "<u8")  # keeps the first 0 to 8 bytes
+_KINDS = np.repeat(np.arange(_LONG + 1, dtype=np.uint8), (24, 32, 1))  # which of them has a length's keys
+_MASKS = {  # keeps the first 0, 1, 2.. bytes of a key
+    width: (np.tri(8 * width, 8 * width, -1, np.uint8) * np.uint8(255)).view("<u8") for width in _WIDTHS
+}
+_BEGIN = (1 << 32) - 1
 _FIRST_SLOTS = 1 << 12
 _LONGEST_KEPT, _RECENT = 1 << 10, 1 << 11  # bytes, and segments: most are rulers, as "-----+", again and again
-_LARGE = 1 << 20  # numbers in keys: up to there a table grows fourfold, which saves time, then twofold, for memory
+_AT_ONCE = 1 << 15  # rows moved: with more, what is worked on leaves the cache
+_LARGE = 1 << 20  # numbers: up to there a table grows fourfold, which saves time, then twofold, for memory
 
 
 class _Characters:
-    """Code points [1, n] -> where their ids begin (-1: not known) and how many they are, by a plain array."""
+    """Code points [n, 1] -> values, by a plain array."""
 
     def __init__(self) -> None:
-        self.start, self.count = np.full(CODE_POINTS, -1, np.int32), np.zeros(CODE_POINTS, np.int32)
+        self._values = np.full(CODE_POINTS, -1, np.int64)
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """The slot of each key, which is there."""
-        return keys[0]
+    def find(self, codes: np.ndarray) -> np.ndarray:
+        """See Table.find; of codes [n], where -1 is none and gives any value."""
+        return self._values.take(codes)
 
-    def insert(self, keys: np.ndarray, start: np.ndarray, count: np.ndarray) -> None:
+    def insert(self, keys: np.ndarray, values: np.ndarray) -> None:
         """See Table.insert."""
-        self.start[keys[0]], self.count[keys[0]] = start, count
+        self._values[keys[:, 0]] = values
 
 
 class Table:
-    """Keys [width, n] -> where their ids begin and how many they are. Open addressing, at most half full, going on by
-    1, 2, 3.. slots. The multipliers are odd and random (Dietzfelbinger et al. 1997), so that no text can be made to
-    collide."""
+    """Keys [n, width] -> values [n], int64, not negative. A row of the table is a key and its value, for widths 1, 3
+    and 7 a part of one cache line.
+
+    Open addressing, at most half full, going on by 1, 2, 3.. rows. The multipliers are odd and random (Dietzfelbinger
+    et al. 1997), so that no text can be made to collide."""
 
     def __init__(self, width: int) -> None:
+        """width: of keys, in 64-bit numbers, of which the last is never 0."""
         self._width = width
         self._factors = [np.uint64(secrets.randbits(64) | 1) for _ in range(width + 1)]
         self._used = 0
-        self._resize(_FIRST_SLOTS)
+        self._rows = np.zeros((_FIRST_SLOTS, width + 1), "<u8")
 
-    def keys(self, words: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The keys of segments. words: the 64-bit number that begins at each byte of the buffer."""
-        columns = np.empty((self._width, len(starts)), "<u8")
-        for place in range(self._width):
-            columns[place] = words[starts + 8 * place]
-            columns[place] &= _MASKS.take(lengths - 8 * place, mode="clip")
-        columns[-1] |= lengths.astype("<u8") << np.uint64(56)
-        return columns
+    @property
+    def nbytes(self) -> int:
+        """The memory it takes."""
+        return self._rows.nbytes
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """The slot of each key; -1 where it is not there."""
+        """The value of each key; -1 where it is not there."""
         slot = self._home(keys)
-        left = np.flatnonzero(~self._holds(slot, keys))
-        step = 0
-        while len(left):
-            step += 1
-            at = slot[left]
-            taken = self._keys[-1].take(at) != 0
-            slot[left[~taken]] = -1
-            left, at = left[taken], (at[taken] + step) & (len(self.start) - 1)
-            slot[left] = at
-            left = left[~self._holds(at, keys[:, left])]
-        return slot
+        rows = self._rows.take(slot, axis=0)
+        found = rows[:, -1].astype(np.int64)
+        left, step = np.arange(len(keys)), 0
+        while True:
+            others = np.flatnonzero(~self._equal(rows, keys[left] if step else keys))
+            if not len(others):
+                return found
+            left, taken = left[others], rows[others, -2] != 0
+            found[left[~taken]] = -1
+            left, step = left[taken], step + 1
+            slot[left] = (slot[left] + step) & (len(self._rows) - 1)
+            rows = self._rows.take(slot[left], axis=0)
+            found[left] = rows[:, -1]
 
-    def insert(self, keys: np.ndarray, start: np.ndarray, count: np.ndarray) -> None:
-        """Adds keys that are not there, each once. Slots found before are good no more."""
-        self._used += keys.shape[1]
-        if 2 * self._used > len(self.start):
-            old, begin, size = self._keys, self.start, self.count
-            taken = np.flatnonzero(old[-1])
+    def insert(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """Adds keys that are not there, each once."""
+        self._used += len(keys)
+        if 2 * self._used > len(self._rows):
+            old = self._rows[self._rows[:, -2] != 0]
             slots = 1 << int(2 * self._used - 1).bit_length()
-            self._resize(slots if slots * self._width > _LARGE else 2 * slots)
-            self._place(old[:, taken], begin[taken], size[taken])
-        self._place(keys, start, count)
+            grown = slots if slots * (self._width + 1) > _LARGE else 2 * slots
+            self._rows = np.zeros((grown, self._width + 1), "<u8")
+            for at in range(0, len(old), _AT_ONCE):
+                self._place(old[at : at + _AT_ONCE])
+        self._place(np.column_stack([keys, values.astype("<u8")]))
 
-    def _place(self, keys: np.ndarray, start: np.ndarray, count: np.ndarray) -> None:
-        slot, left, step = self._home(keys), np.arange(keys.shape[1]), 0
+    def _place(self, rows: np.ndarray) -> None:
+        taken, values = self._rows[:, -2], self._rows[:, -1]
+        table, given = (one.view(f"V{8 * self._width + 8}")[:, 0] for one in (self._rows, rows))  # rows as a whole
+        slot, left, step = self._home(rows), np.arange(len(rows)), 0
         while len(left):
-            free = left[self._keys[-1].take(slot[left]) == 0]
-            at = slot[free]
-            self.start[at] = free  # of several for one slot, the last written takes it
-            won = self.start[at] == free
-            at, placed = at[won], free[won]
-            self._keys[:, at], self.start[at], self.count[at] = keys[:, placed], start[placed], count[placed]
-            slot[placed] = -1
-            left = left[slot[left] >= 0]
-            step += 1
-            slot[left] = (slot[left] + step) & (len(self.start) - 1)
+            free = taken[slot] == 0
+            at, new = slot[free], left[free]
+            values[at] = new  # of several for one slot, the last written takes it
+            won = values[at] == new
+            table[at[won]] = given[new[won]]
+            free[free] = won
+            left, step = left[~free], step + 1
+            slot = (slot[~free] + step) & (len(self._rows) - 1)
 
-    def _holds(self, slot: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        same = self._keys[0].take(slot) == keys[0]
-        for mine, given in zip(self._keys[1:], keys[1:], strict=True):
-            same &= mine.take(slot) == given
+    def _equal(self, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        same = rows[:, 0] == keys[:, 0]
+        for place in range(1, self._width):
+            same &= rows[:, place] == keys[:, place]
         return same
 
     def _home(self, keys: np.ndarray) -> np.ndarray:
-        mixed = keys[0] * self._factors[0]
-        for column, factor in zip(keys[1:], self._factors[1:-1], strict=True):
-            mixed ^= column * factor
+        mixed = keys[:, 0] * self._factors[0]
+        for place in range(1, self._width):
+            mixed ^= keys[:, place] * self._factors[place]
         mixed ^= mixed >> np.uint64(29)
         mixed *= self._factors[-1]
-        return (mixed >> np.uint64(64 - (len(self.start) - 1).bit_length())).astype(np.int64)
-
-    def _resize(self, slots: int) -> None:
-        self._keys = np.zeros((self._width, slots), "<u8")  # the last number of a key is never 0
-        self.start, self.count = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-        self.nbytes = self._keys.nbytes + self.start.nbytes + self.count.nbytes
+        return (mixed >> np.uint64(64 - (len(self._rows) - 1).bit_length())).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ class _Block:
 
     buffer: bytes
     bounds: np.ndarray  # where each begins, and where the last ends [n + 1]
-    offset: np.ndarray  # where its ids begin [n]
-    count: np.ndarray  # how many they are [n]
+    places: np.ndarray  # of its ids, see _places [n]
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ class _Unknown:
     """Segments that a table did not hold."""
 
     table: Table | _Characters
-    keys: np.ndarray  # [width, n]
+    keys: np.ndarray  # [n, width]
     where: np.ndarray  # which of the block's segments they are [n]
 
 
 class SegmentMemo:
-    """The ids of segments. Those of up to 63 bytes are remembered, of longer ones the last few."""
+    """The ids of segments. Those of up to 55 bytes are remembered, of longer ones the last few."""
 
     def __init__(self, encode: Spans, dtype: np.dtype[Any], limit_bytes: int | None = None) -> None:
         """encode: gives the ids of segments not seen before, exact whatever stands around them. limit_bytes: memory it
@@ -164,6 +164,11 @@ class SegmentMemo:
         self._filled: int  # how much of it is in use
         self._clear()
 
+    @property
+    def nbytes(self) -> int:
+        """The memory it takes, but for single characters and long segments."""
+        return sum(table.nbytes for table in self._tables) + self._ids.nbytes
+
     def ids_of(
         self, buffer: bytes, bounds: np.ndarray, codes: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -173,33 +178,28 @@ class SegmentMemo:
         kinds = _KINDS.take(lengths, mode="clip")
         unknown = []
         if codes is None:
-            block = _Block(buffer, bounds, np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64))
+            block = _Block(buffer, bounds, np.empty(len(lengths), np.int64))
         else:
             self._characters = self._characters or _Characters()
-            start, count = self._characters.start.take(codes), self._characters.count.take(codes)
-            block = _Block(buffer, bounds, start.astype(np.int64), count.astype(np.int64))
+            block = _Block(buffer, bounds, self._characters.find(codes))
             lone = codes >= 0
             kinds[lone] = 255
-            missing = np.flatnonzero(lone & (start < 0))
+            missing = np.flatnonzero(lone & (block.places < 0))
             if len(missing):
-                unknown.append(_Unknown(self._characters, codes[np.newaxis, missing], missing))
-        words = np.ndarray(len(buffer) - 7, "<u8", buffer, strides=(1,))
-        for kind, table in enumerate(self._tables):
+                unknown.append(_Unknown(self._characters, codes[missing, np.newaxis], missing))
+        for kind, (table, width) in enumerate(zip(self._tables, _WIDTHS, strict=True)):
             which = np.flatnonzero(kinds == kind)
             if len(which):
-                keys = table.keys(words, bounds[which], lengths[which])
-                unknown += self._look_up(block, table, keys, which)
+                keys = _keys(buffer, bounds[which], lengths[which], width)
+                block.places[which] = found = table.find(keys)
+                missing = np.flatnonzero(found < 0)
+                if len(missing):
+                    unknown.append(_Unknown(table, keys[missing], which[missing]))
         self._learn(block, unknown, np.flatnonzero(kinds == _LONG))
-        found = gathered(self._ids, block.offset, block.count)
-        if sum(table.nbytes for table in self._tables) + self._ids.nbytes > self._limit:
+        found_ids = gathered(self._ids, block.places & _BEGIN, block.places >> 32)
+        if self.nbytes > self._limit:
             self._clear()
-        return found
-
-    def _look_up(self, block: _Block, table: Table, keys: np.ndarray, which: np.ndarray) -> list[_Unknown]:
-        slot = table.find(keys)
-        block.offset[which], block.count[which] = table.start.take(slot), table.count.take(slot)
-        missing = np.flatnonzero(slot < 0)
-        return [_Unknown(table, keys[:, missing], which[missing])] if len(missing) else []
+        return found_ids
 
     def _learn(self, block: _Block, unknown: Sequence[_Unknown], long: np.ndarray) -> None:
         """Encodes all that is unknown at once and puts it into the tables. The ids of long segments stand behind what
@@ -208,32 +208,30 @@ class SegmentMemo:
         keys = [block.buffer[begin:end] for begin, end in block.bounds[long[:, np.newaxis] + (0, 1)].tolist()]
         recent = {key: self._recent[key] for key in keys if key in self._recent}
         fresh = {key: at for key, at in zip(keys, long.tolist(), strict=True) if key not in recent}
-        new = np.concatenate([*(one.where[first] for one, first in zip(unknown, distinct, strict=True)),
+        new = np.concatenate([*(one.where[first] for one, (first, _) in zip(unknown, distinct, strict=True)),
                               np.fromiter(fresh.values(), np.int64, len(fresh))])  # fmt: skip
         if len(new):
             ids, id_ends = self._encode(block.buffer, block.bounds[new], block.bounds[new + 1])
-            size = np.diff(id_ends, prepend=0)
-            begin = self._filled + id_ends - size
+            places = _places(self._filled, id_ends)
             at = 0
-            for one, first in zip(unknown, distinct, strict=True):
-                end = at + len(first)
-                one.table.insert(one.keys[:, first], begin[at:end], size[at:end])
-                slot = one.table.find(one.keys)
-                block.offset[one.where], block.count[one.where] = one.table.start[slot], one.table.count[slot]
-                at = end
-            spans = zip(fresh, (id_ends - size)[at:].tolist(), id_ends[at:].tolist(), strict=True)
-            recent |= {key: ids[first:last].copy() for key, first, last in spans}
-            self._append(ids[: int(id_ends[at - 1]) if at else 0])
+            for one, (first, group) in zip(unknown, distinct, strict=True):
+                learned = places[at : at + len(first)]
+                one.table.insert(one.keys[first], learned)
+                block.places[one.where] = learned[group]
+                at += len(first)
+            ends = [0, *id_ends.tolist()]
+            recent |= {key: ids[ends[at + n] : ends[at + n + 1]].copy() for n, key in enumerate(fresh)}
+            self._append(ids[: ends[at]])
         if keys:
             self._lay(block, long, [recent[key] for key in keys])
             self._remember(recent)
 
     def _lay(self, block: _Block, long: np.ndarray, found: Sequence[np.ndarray]) -> None:
         """Puts the ids of long segments behind what is filled."""
-        count = np.fromiter(map(len, found), np.int64, len(found))
-        block.count[long], block.offset[long] = count, self._filled + np.cumsum(count) - count
+        block.places[long] = _places(self._filled, np.cumsum(list(map(len, found)), dtype=np.int64))
+        filled = self._filled
         self._append(np.concatenate(found))
-        self._filled -= int(count.sum())
+        self._filled = filled
 
     def _remember(self, found: Mapping[bytes, np.ndarray]) -> None:
         """Long segments as the last ones used."""
@@ -257,12 +255,30 @@ class SegmentMemo:
         self._ids, self._filled = np.empty(0, self._dtype), 0
 
 
-def _distinct(keys: np.ndarray) -> np.ndarray:
-    """One index for each distinct key."""
-    order = np.lexsort(keys)
+def _keys(buffer: bytes, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """The keys of segments, [n, width]."""
+    cells = np.ndarray(len(buffer) - 8 * width + 1, f"V{8 * width}", buffer, strides=(1,))  # from each byte on
+    keys = cells[starts].view("<u8").reshape(-1, width)
+    keys &= _MASKS[width].take(lengths, axis=0)
+    keys[:, -1] |= lengths.astype("<u8") << np.uint64(56)
+    return keys
+
+
+def _places(begin: int, ends: np.ndarray) -> np.ndarray:
+    """Where ids begin and how many they are, in one number each. ends: of those that stand from `begin` on."""
+    begins = np.concatenate(([0], ends[:-1]))
+    return (begin + begins) | (ends - begins) << 32
+
+
+def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One index for each distinct key, and for each key which of those has the same one."""
+    order = np.lexsort(keys.T)
+    ordered = keys[order]
     new = np.ones(len(order), bool)
-    new[1:] = (keys[:, order[1:]] != keys[:, order[:-1]]).any(axis=0)
-    return order[new]
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    group = np.empty(len(order), np.int64)
+    group[order] = np.cumsum(new) - 1
+    return order[new], group
 
 
 def gathered(source: np.ndarray, offset: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
