@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.tokenizer.safe_pairs import CODE_POINTS
 
-LIMIT_BYTES = 80 << 20
+LIMIT_BYTES = 96 << 20
 """Memory that one memo may take. It is emptied when full: what is common comes back at once."""
 PADDING = bytes(64)
 """Has to follow the text in a buffer, as keys are read in whole."""
@@ -69,10 +69,9 @@ class Table:
         self._used = 0
         self._rows = np.zeros((_FIRST_SLOTS, width + 1), "<u8")
 
-    @property
-    def nbytes(self) -> int:
-        """The memory it takes."""
-        return self._rows.nbytes
+    def nbytes(self, more: int = 0) -> int:
+        """The memory it takes, with so many keys more."""
+        return self._slots(self._used + more) * self._rows.strides[0]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The value of each key; -1 where it is not there."""
@@ -94,14 +93,20 @@ class Table:
     def insert(self, keys: np.ndarray, values: np.ndarray) -> None:
         """Adds keys that are not there, each once."""
         self._used += len(keys)
-        if 2 * self._used > len(self._rows):
+        slots = self._slots(self._used)
+        if slots > len(self._rows):
             old = self._rows[self._rows[:, -2] != 0]
-            slots = 1 << int(2 * self._used - 1).bit_length()
-            grown = slots if slots * (self._width + 1) > _LARGE else 2 * slots
-            self._rows = np.zeros((grown, self._width + 1), "<u8")
+            self._rows = np.zeros((slots, self._width + 1), "<u8")
             for at in range(0, len(old), _AT_ONCE):
                 self._place(old[at : at + _AT_ONCE])
         self._place(np.column_stack([keys, values.astype("<u8")]))
+
+    def _slots(self, keys: int) -> int:
+        """How many rows there are when it holds so many keys."""
+        if 2 * keys <= len(self._rows):
+            return len(self._rows)
+        slots = 1 << (2 * keys - 1).bit_length()
+        return slots if slots * (self._width + 1) > _LARGE else 2 * slots
 
     def _place(self, rows: np.ndarray) -> None:
         taken, values = self._rows[:, -2], self._rows[:, -1]
@@ -164,10 +169,9 @@ class SegmentMemo:
         self._filled: int  # how much of it is in use
         self._clear()
 
-    @property
-    def nbytes(self) -> int:
-        """The memory it takes, but for single characters and long segments."""
-        return sum(table.nbytes for table in self._tables) + self._ids.nbytes
+    def nbytes(self, more: int = 0) -> int:
+        """The memory it takes, but for single characters and long segments, with so many more in each table."""
+        return sum(table.nbytes(more) for table in self._tables) + self._ids.nbytes
 
     def ids_of(
         self, buffer: bytes, bounds: np.ndarray, codes: np.ndarray | None = None
@@ -197,7 +201,7 @@ class SegmentMemo:
                     unknown.append(_Unknown(table, keys[missing], which[missing]))
         self._learn(block, unknown, np.flatnonzero(kinds == _LONG))
         found_ids = gathered(self._ids, block.places & _BEGIN, block.places >> 32)
-        if self.nbytes > self._limit:
+        if self.nbytes(more=sum(len(one.where) for one in unknown)) > self._limit:  # before it takes as much
             self._clear()
         return found_ids
 
