@@ -4,11 +4,13 @@ On many machines: mpirun -n N python tools/preprocess_data.py (the same)"""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts a thread a core in every worker, for nothing
 
 from engine.data.inputs import SPLITS  # noqa: E402
 from engine.data.preprocess import DEFAULT_SEED, Counts, Settings, preprocess  # noqa: E402
