@@ -38,6 +38,7 @@ class Progress:
         """Says how far it is: input bytes read and documents done since the start."""
         now = time.monotonic()
         if self._bar is not None:
+            self._bar.start()  # not before: its thread would keep a process from being forked
             self._bar.update(self._task, completed=done_bytes, description=self._text(done_bytes, documents, now))
         elif now - self._said >= self._every:
             self._said = now
@@ -53,8 +54,6 @@ class Progress:
         )
 
     def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -90,7 +90,7 @@ class Work(Shards):
         """Raises UserError when the folder cannot be written or another run is at work in it."""
         self._prefix = prefix
         folder = with_suffix(prefix, ".work")
-        self._lock = claim(folder, clear=False)
+        self.lock = claim(folder, clear=False)
         super().__init__(folder, secrets.token_hex(8))
         self.keep = True
 
@@ -138,4 +138,4 @@ class Work(Shards):
         with contextlib.suppress(OSError):
             if not self.keep or self.count() == 0:
                 remove(self.folder)
-        self._lock.close()
+        self.lock.close()
