@@ -164,7 +164,7 @@ def _make_shards(settings: Settings, job: Job, work: Work, tokenizer: Tokenizer,
             for number in missing:
                 maker.make(number, progress.add)
         else:
-            run_team(job, work, missing, workers, progress.add, verify)
+            run_team(maker, work, missing, workers, progress.add, verify)
 
 
 def _is_made(work: Work, job: Job, number: int) -> bool:

@@ -30,8 +30,7 @@ from engine.errors import UserError
 
 
 def run_team(
-    job: Job, work: Work, units: Iterable[int], workers: int, told: Told,
-    meanwhile: Callable[[], None],
+    maker: ShardMaker, work: Work, units: Iterable[int], workers: int, told: Told, meanwhile: Callable[[], None]
 ) -> None:
     """Makes the shards of units by that many processes. They are put in place from here, so that nobody else waits for
     the disk. meanwhile: done here as they make the first ones.
@@ -43,12 +42,15 @@ def run_team(
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            inherited = (*team, ours, work.lock) if fork else ()
-            process = context.Process(target=_serve, args=(theirs, work.folder, work.token, inherited), daemon=True)
+            if fork:
+                given: tuple[Any, ...] = (lambda: maker, *team, ours, work.lock)
+            else:
+                given = (partial(_load, work.folder, work.token),)
+            process = context.Process(target=_serve, args=(theirs, *given), daemon=True)
             process.start()
             theirs.close()  # the worker holds the only copy now
             team[ours] = process
-        _lead(list(team), iter(units), told, partial(work.publish, parts=job.parts), meanwhile)
+        _lead(list(team), iter(units), told, partial(work.publish, parts=maker.job.parts), meanwhile)
     except _Died:
         raise UserError(
             f"one of the {workers} worker processes died (killed, or out of memory); try again with fewer --workers"
@@ -121,7 +123,11 @@ def _alive() -> Iterator[None]:
         raise _Died from None
 
 
-def _serve(pipe: Connection, folder: Path, token: str, inherited: Iterable[Connection | IO[bytes]]) -> None:
+def _load(folder: Path, token: str) -> ShardMaker:
+    return ShardMaker(Job.load(folder / "job.json"), Shards(folder, token))
+
+
+def _serve(pipe: Connection, maker_of: Callable[[], ShardMaker], *inherited: Connection | IO[bytes]) -> None:
     """A worker: makes shards until the pipe ends, as it also does when the main process is killed. inherited: what is
     the main process' alone, and would stay open here after its end."""
     for one in inherited:
@@ -134,7 +140,7 @@ def _serve(pipe: Connection, folder: Path, token: str, inherited: Iterable[Conne
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         answer: tuple[Any, ...]
         try:
-            maker = ShardMaker(Job.load(folder / "job.json"), Shards(folder, token))
+            maker = maker_of()
             while True:
                 unit = pipe.recv()
                 maker.write(unit, report)
