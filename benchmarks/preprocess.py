@@ -5,9 +5,9 @@ encodes the document by itself with sentencepiece, appends the end of document, 
 process, which writes .bin and .idx. (Its own tool imports torch first; this one does not.) Ours is the README's command
 with --no-shuffle. The files of the two have to be the same, byte for byte, or there is no result.
 
-A turn goes from the command's start to its end, with all its processes: CPU seconds, wall seconds, and the most memory
-(PSS) that they had together. Turns alternate; medians. How two workers of ours compare with one is told by a larger
-corpus: of a few seconds much is start-up.
+A turn goes from the command's start to its end, with all its processes: CPU seconds and wall seconds. Turns alternate;
+medians. One turn more, which is not timed as being watched takes time, tells the most memory (PSS) that they had
+together. How two workers of ours compare with one is told by a larger corpus: of a few seconds much is start-up.
 
     python benchmarks/preprocess.py [--english JSONL] [--chinese JSONL] [--large JSONL] [--model M] [--rounds 5]
         [--patience 600] [--save]
@@ -30,9 +30,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +51,6 @@ class Cost(NamedTuple):
 
     cpu: float
     wall: float
-    peak: float
-    """Megabytes of all its processes together."""
 
 
 def baseline(text: str, model: str, prefix: str, workers: int) -> None:
@@ -95,28 +92,31 @@ def command(side: str, text: Path, model: str, folder: Path, workers: int) -> li
             "--workers", str(workers), "--output-prefix", str(folder / side)]
 
 
-def cost(command: Sequence[str]) -> Cost:
-    """Runs a Python command and all the processes it starts."""
+def cost(command: Sequence[str], watch: Callable[[int], None] = lambda pid: None) -> Cost:
+    """Runs a Python command and all the processes it starts. watch: is called with its process while it runs."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
+        watch(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{said.read().decode()}")
+    return Cost(usage.ru_utime + usage.ru_stime, wall)
+
+
+def peak(command: Sequence[str]) -> float:
+    """The most memory that a command and all the processes it starts have together, in megabytes (Linux)."""
     peaks = [0.0]
-    ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(process.pid, peaks, ended))
-    watcher.start()
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    ended.set()
-    watcher.join()
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()}")
-    return Cost(usage.ru_utime + usage.ru_stime, wall, max(peaks))
 
+    def watch(pid: int) -> None:
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            peaks.append(sum(map(_megabytes, _tree(pid))))
+            time.sleep(0.05)
 
-def _watch(pid: int, peaks: list[float], ended: threading.Event) -> None:
-    while not ended.wait(0.05):
-        peaks.append(sum(map(_megabytes, _tree(pid))))
+    cost(command, watch)
+    return max(peaks)
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -150,10 +150,12 @@ def compare_tools(text: Path, model: str, sides: Sequence[str], rounds: int, qui
                     given = command(side, text, model, folder, workers)
                     kept[workers].append(quiet.turn(lambda given=given: cost(given)))
                 check_equal(folder, sides)
+        peaks = {side: {workers: peak(command(side, text, model, folder, workers)) for workers in (1, 2)}
+                 for side in sides}
         tokens = (folder / f"{OURS}.bin").stat().st_size // 2
     texts = read(text)
     megabytes = sum(len(one.encode()) for one in texts) / 1e6
-    found = {f"{side}, {workers} worker{'s' * (workers > 1)}": median(costs)
+    found = {f"{side}, {workers} worker{'s' * (workers > 1)}": {**median(costs), "peak": peaks[side][workers]}
              for side, kept in turns.items() for workers, costs in kept.items()}
     for one in found.values():
         one |= {"megabytes_per_cpu_second": megabytes / one["cpu"], "megabytes_per_second": megabytes / one["wall"],
