@@ -80,7 +80,7 @@ class Tokenizer(ABC):
         dtype = token_dtype(self.vocab_size)
         end = b"" if eod is None else np.array([eod], dtype).tobytes()
         documents: list[bytes] = []
-        for group in _groups(texts):
+        for group in groups(texts, _GROUP):
             documents += [ids + end if ids else ids for ids in self._raw(group, dtype)]
         lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // dtype.itemsize
         return np.frombuffer(b"".join(documents), dtype), lengths
@@ -117,11 +117,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
-def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Texts in order, as many at a time as have about _GROUP characters together, at least one."""
+def groups(texts: Sequence[str], characters: int) -> Iterator[Sequence[str]]:
+    """Texts in order, as many at a time as have at most so many characters together, at least one."""
     begin = size = 0
     for number, text in enumerate(texts):
-        if size + len(text) > _GROUP and number > begin:
+        if size + len(text) > characters and number > begin:
             yield texts[begin:number]
             begin, size = number, 0
         size += len(text)

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import regex
 
+from engine.tokenizer.base import groups
 from engine.tokenizer.safe_pairs import SafePairs
 from engine.tokenizer.segments import PADDING, SegmentMemo, gathered
 
@@ -34,29 +35,16 @@ class BlockEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text as bytes. Raises UnicodeEncodeError for a lone surrogate."""
-        if sum(map(len, texts)) <= self._size:
-            return self._block(texts)
-        answer: list[list[bytes]] = [[] for _ in texts]
-        held: list[tuple[int, str]] = []
-        size = 0
-        for number, text in enumerate(texts):
-            for window in self._windows(text):
-                if size + len(window) > self._size:
-                    self._flush(held, answer)
-                    held, size = [], 0
-                held.append((number, window))
-                size += len(window)
-        self._flush(held, answer)
-        return [b"".join(parts) for parts in answer]
+        ids: list[bytes] = []
+        for group in groups(texts, self._size):
+            parts = list(self._windows(group[0])) if len(group) == 1 else []
+            ids += [b"".join(self.encode(parts))] if len(parts) > 1 else self._block(group)
+        return ids
 
     def spans(self, buffer: bytes, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same for texts that are parts of a buffer: see segments.Spans."""
         raw, stops = gathered(np.frombuffer(buffer, np.uint8), starts, ends - starts)
         return self._ids_of(raw.tobytes(), stops)
-
-    def _flush(self, held: Sequence[tuple[int, str]], answer: list[list[bytes]]) -> None:
-        for (number, _), ids in zip(held, self._block([part for _, part in held]), strict=True):
-            answer[number].append(ids)
 
     def _block(self, texts: Sequence[str]) -> list[bytes]:
         encoded = [text.encode("utf-8") for text in texts]
