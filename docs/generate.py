@@ -106,8 +106,8 @@ def preparation() -> str:
                     f"{ours:.1f} | Megatron-LM's method {theirs:.1f} |")
     one = tools["large"]
     two, alone = (one["sides"][f"triax, {workers}"]["megabytes_per_second"] for workers in ("2 workers", "1 worker"))
-    rows.append(f"| JSONL to `.bin` and `.idx`, English, {one['megabytes']:.0f} MB, a second of two workers | {two:.1f} | "
-                f"one worker {alone:.1f} |")
+    rows.append(f"| JSONL to `.bin` and `.idx`, English, {one['megabytes']:.0f} MB, a second of two workers | "
+                f"{two:.1f} | one worker {alone:.1f} |")
     for language in ("english", "chinese"):
         for vocabulary, one in encoders[language].items():
             rates = {side: f"{rate:.1f}" for side, rate in one["megabytes_per_cpu_second"].items()}

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tempfile
 import time
 import tracemalloc
@@ -308,8 +309,24 @@ def test_encodings_are_told_by_their_mark_or_by_name(tmp_path: Path, encoding: s
 def test_bytes_that_are_not_of_the_encoding_are_faults(tmp_path: Path) -> None:
     (fault,) = faults(put(tmp_path / "a.txt", b"good\nb\xe4d\ngood"), split_text="line")
     assert fault.line == 2 and "byte 1 of the record is not UTF-8 (0xe4); --encoding names another" in fault.message
-    (fault,) = faults(put(tmp_path / "b.txt", b"\xff\xfea\0\n\0\0\xd8b\0c\0"), split_text="line")
-    assert "not utf-16" in fault.message
+
+
+@pytest.mark.parametrize(("encoding", "bad"), [("utf-16-le", b"\0\xd8"), ("utf-8", b"\xe4"), ("euc_jp", b"\xff"),
+                                               ("iso2022_jp", b"\xff")])  # fmt: skip
+def test_bytes_that_are_not_of_the_encoding_lose_their_own_document_alone(
+    tmp_path: Path, encoding: str, bad: bytes
+) -> None:
+    """Also where more than a record is decoded at once."""
+    rows = ["one\n", "two b", "d\n", "three\n", "four"]
+    one, two, *rest = (row.encode(encoding) for row in rows)
+    array = [row.encode(encoding) for row in ('[{"text": "one"},\n{"text": "two", "n": "', '"},\n{"text": "three"}]')]
+    for name, content, kept in (("a.txt", one + two + bad + b"".join(rest), ["one", "three", "four"]),
+                                ("a.json", bad.join(array), ["one", "three"])):
+        source = find_sources([str(put(tmp_path / name, content))], encoding)[0]
+        found = read(source, ReadOptions(split_text="line"))
+        assert [item.text for item in found if isinstance(item, Document)] == kept
+        (fault,) = (item for item in found if isinstance(item, Fault))
+        assert fault.line == 2 and re.search(f"encoding|not {encoding}", fault.message)
 
 
 # --- JSON arrays

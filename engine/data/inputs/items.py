@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from typing import Any, NamedTuple
 
 MAX_RECORD_BYTES = 16 << 20  # sentencepiece needs about 50 bytes of memory for each byte of a document
 
+NO_TEXT = "\udfff"
+"""What `decoder` puts in the place of bytes that an encoding does not have: so only the record they are in is lost."""
+NOT_OF_ENCODING = "the record holds bytes that its encoding does not have; --encoding names another"
+
+_MARKING = "triax-marking"
+codecs.register_error(_MARKING, lambda error: (NO_TEXT, error.end))  # type: ignore[attr-defined]
 
 _SHOWN = 80
 _JSON = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string",
@@ -45,11 +52,18 @@ def shown(text: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
 
 
+def decoder(encoding: str) -> codecs.IncrementalDecoder:
+    """Decodes many records at once."""
+    return codecs.getincrementaldecoder(encoding)(_MARKING)
+
+
 def decode(data: bytes, encoding: str) -> str:
     """The text of a record's bytes. Raises BadRecord."""
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
+        if NO_TEXT.encode("utf-8", "surrogatepass") in data:
+            raise BadRecord(NOT_OF_ENCODING) from None
         name = "UTF-8" if encoding == "utf-8" else encoding
         hint = "; --encoding names another" if encoding == "utf-8" else ""
         raise BadRecord(f"byte {error.start} of the record is not {name} (0x{data[error.start]:02x}){hint}") from None

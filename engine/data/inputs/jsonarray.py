@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Iterator
 from typing import IO
 
-from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, text_of_row
+from engine.data.inputs.items import (
+    MAX_RECORD_BYTES,
+    NO_TEXT,
+    NOT_OF_ENCODING,
+    BadRecord,
+    Document,
+    Fault,
+    decoder,
+    text_of_row,
+)
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _READ = 1 << 16
@@ -18,7 +26,7 @@ class _Window:
     """The text between what has been read and what has been used: all before `at`."""
 
     def __init__(self, stream: IO[bytes], encoding: str) -> None:
-        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
+        self._stream, self._decoder = stream, decoder(encoding)
         self.text, self.at, self.ended = "", 0, False
         self._line, self._counted = 1, 0  # the number of the line that this place in the text is on
         self.grow()
@@ -51,9 +59,7 @@ class _Window:
 
 
 def read_array(stream: IO[bytes], encoding: str, json_key: str) -> Iterator[Document | Fault]:
-    """A document an element. After an element that is no JSON the next cannot be found: one fault, and the end.
-
-    Raises UnicodeDecodeError."""
+    """A document an element. After an element that is no JSON the next cannot be found: one fault, and the end."""
     window = _Window(stream, encoding)
     window.peek()
     window.at += 1  # the bracket by which the file was told to be an array
@@ -61,11 +67,13 @@ def read_array(stream: IO[bytes], encoding: str, json_key: str) -> Iterator[Docu
     while following and following != "]":
         line = window.here()
         try:
-            row = _element(window)
+            row, whole = _element(window)
         except BadRecord as error:
             yield Fault(line, f"{error}; the array cannot be read beyond this element")
             return
         try:
+            if not whole:
+                raise BadRecord(NOT_OF_ENCODING)
             yield Document(line, text_of_row(row, json_key))
         except BadRecord as error:
             yield Fault(line, str(error))
@@ -86,15 +94,15 @@ def read_array(stream: IO[bytes], encoding: str, json_key: str) -> Iterator[Docu
         yield Fault(window.here(), "there is more text after the array's end")
 
 
-def _element(window: _Window) -> object:
-    """The next value. Raises BadRecord."""
+def _element(window: _Window) -> tuple[object, bool]:
+    """The next value, and whether all its bytes are of the encoding. Raises BadRecord."""
     decoder = json.JSONDecoder(parse_int=float)  # int refuses more digits than a few thousand
     while True:
         try:
             value, end = decoder.raw_decode(window.text, window.at)
             if end < len(window.text) or window.ended:  # else a number might go on
-                window.at = end
-                return value
+                begin, window.at = window.at, end
+                return value, window.text.find(NO_TEXT, begin, end) < 0
             problem = "longer than read"
         except (ValueError, RecursionError) as error:
             problem = str(error)

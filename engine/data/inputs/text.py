@@ -6,14 +6,22 @@ begins at the span's first byte is this span's, and one that began earlier is no
 
 from __future__ import annotations
 
-import codecs
 import io
 import math
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
-from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, check_whole, decode, text_of_line
+from engine.data.inputs.items import (
+    MAX_RECORD_BYTES,
+    BadRecord,
+    Document,
+    Fault,
+    check_whole,
+    decode,
+    decoder,
+    text_of_line,
+)
 
 _BLANK = b" \t\r\x0b\x0c"
 
@@ -151,21 +159,21 @@ def follows_text(read_back: Callable[[int, int], bytes], offset: int) -> bool:
 
 
 class AsUtf8(io.RawIOBase):
-    """A stream in an encoding whose lines cannot be told apart as bytes (UTF-16, ISO 2022..), as UTF-8."""
+    """A stream in an encoding whose lines cannot be told apart as bytes (UTF-16, ISO 2022..), as UTF-8, but for
+    what it does not have: see items.decoder."""
 
     def __init__(self, stream: IO[bytes], encoding: str) -> None:
-        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
+        self._stream, self._decoder = stream, decoder(encoding)
         self._out, self._ended = memoryview(b""), False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Raises UnicodeDecodeError."""
         while not self._out and not self._ended:
             block = self._stream.read(1 << 16)
             self._ended = not block
-            self._out = memoryview(self._decoder.decode(block, self._ended).encode("utf-8"))
+            self._out = memoryview(self._decoder.decode(block, self._ended).encode("utf-8", "surrogatepass"))
         count = min(len(buffer), len(self._out))
         buffer[:count], self._out = self._out[:count], self._out[count:]
         return count
