@@ -66,12 +66,13 @@ class Table:
         """width: of keys, in 64-bit numbers, of which the last is never 0."""
         self._width = width
         self._factors = [np.uint64(secrets.randbits(64) | 1) for _ in range(width + 1)]
-        self._used = 0
+        self._used = self._last = 0
         self._rows = np.zeros((_FIRST_SLOTS, width + 1), "<u8")
 
-    def nbytes(self, more: int = 0) -> int:
-        """The memory it takes, with so many keys more."""
-        return self._slots(self._used + more) * self._rows.strides[0]
+    @property
+    def nbytes_next(self) -> int:
+        """The memory it takes when as many keys come as came last."""
+        return self._slots(self._used + self._last) * self._rows.strides[0]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The value of each key; -1 where it is not there."""
@@ -92,7 +93,8 @@ class Table:
 
     def insert(self, keys: np.ndarray, values: np.ndarray) -> None:
         """Adds keys that are not there, each once."""
-        self._used += len(keys)
+        self._last = len(keys)
+        self._used += self._last
         slots = self._slots(self._used)
         if slots > len(self._rows):
             old = self._rows[self._rows[:, -2] != 0]
@@ -169,9 +171,10 @@ class SegmentMemo:
         self._filled: int  # how much of it is in use
         self._clear()
 
-    def nbytes(self, more: int = 0) -> int:
-        """The memory it takes, but for single characters and long segments, with so many more in each table."""
-        return sum(table.nbytes(more) for table in self._tables) + self._ids.nbytes
+    @property
+    def nbytes_next(self) -> int:
+        """The memory it takes, but for single characters and long segments, when as many come as came last."""
+        return sum(table.nbytes_next for table in self._tables) + self._ids.nbytes
 
     def ids_of(
         self, buffer: bytes, bounds: np.ndarray, codes: np.ndarray | None = None
@@ -201,7 +204,7 @@ class SegmentMemo:
                     unknown.append(_Unknown(table, keys[missing], which[missing]))
         self._learn(block, unknown, np.flatnonzero(kinds == _LONG))
         found_ids = gathered(self._ids, block.places & _BEGIN, block.places >> 32)
-        if self.nbytes(more=sum(len(one.where) for one in unknown)) > self._limit:  # before it takes as much
+        if self.nbytes_next > self._limit:
             self._clear()
         return found_ids
 

@@ -109,7 +109,7 @@ def test_a_full_memo_starts_anew() -> None:
     for number in range(60):
         sample = [*parts(rng, 200), *(f"{number}-{place}" for place in range(400))]
         assert look_up(memo, sample) == [model.ids(part) for part in sample]
-        assert memo.nbytes() <= 1 << 20
+        assert memo.nbytes_next <= 1 << 20
     assert len(set(model.asked)) < len(model.asked)
 
 

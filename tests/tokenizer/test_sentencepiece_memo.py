@@ -157,7 +157,7 @@ def test_memory_of_a_memo_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tokenizer.verify_sample([f"w{part}{number} 数{number} x{part}-{number}" for number in range(500)])
         found = tokenizer._built()[0]
         assert isinstance(found, CutEncoder)
-        sizes.add(found._words._memo.nbytes())
+        sizes.add(found._words._memo.nbytes_next)
     assert len(sizes) > 1 and max(sizes) <= 2 << 20
 
 

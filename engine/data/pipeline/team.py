@@ -133,6 +133,7 @@ def _serve(pipe: Connection, maker_of: Callable[[], ShardMaker], *inherited: Con
     for one in inherited:
         one.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def report(*numbers: int) -> None:
         pipe.send(("at", *numbers))
