@@ -63,6 +63,7 @@ def test_instructions_are_question_and_answer(made: tuple[Path, DemoCounts]) -> 
     assert "Remove any common leading whitespace from every line in `text`." in known
 
 
+@pytest.mark.slow
 def test_twice_gives_the_same_bytes_and_the_size_is_kept(made: tuple[Path, DemoCounts], tmp_path: Path) -> None:
     tool = [sys.executable, str(ROOT / "tools" / "make_demo_data.py"), "--output", "again"]
     subprocess.run(tool, cwd=tmp_path, check=True, capture_output=True)

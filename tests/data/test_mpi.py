@@ -87,6 +87,7 @@ def test_a_refusal_before_work_is_said_once(vocabulary: str, tmp_path: Path, jso
     assert job.returncode != 0 and errors.count('error: "nearly" is no way to deduplicate') == 1
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_which_goes_on_later(vocabulary: str, tmp_path: Path, jsonl: Write) -> None:
     source = jsonl("in.jsonl", TEXTS * 200)
     job = mpirun(2, *arguments(vocabulary, source, tmp_path / "c"))

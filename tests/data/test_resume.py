@@ -74,6 +74,7 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_ended_at_any_change_on_the_disk_it_goes_on_to_the_same_bytes(
     vocabulary: str, tmp_path: Path, jsonl: Write, monkeypatch: pytest.MonkeyPatch
@@ -300,6 +301,7 @@ def test_output_beside_its_input_goes_on_too(
     assert run(vocabulary, tmp_path / "data" / "c", tmp_path / "data").documents == 300
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(vocabulary: str, tmp_path: Path, jsonl: Write) -> None:
     """Peak memory of a process that prepares 2 MB and of one that prepares 40 MB differ by little."""
     script = (

@@ -209,6 +209,7 @@ def test_output_in_the_way_is_refused_and_nothing_is_written(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full", "hf", "link"]
 
 
+@pytest.mark.slow
 def test_the_command_converts_verifies_and_names_its_errors(tmp_path: Path) -> None:
     source = make("llama", tmp_path / "hf")
     command = [sys.executable, str(ROOT / "tools" / "convert_ckpt.py"), "--load", str(source), "--save"]

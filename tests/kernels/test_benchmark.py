@@ -245,6 +245,7 @@ def test_the_whole_flow_measures_all_and_exits_by_what_failed(
     assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == len(builds)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_is_missing_and_what_runs_instead() -> None:
     done = subprocess.run([sys.executable, "benchmarks/kernels.py"], cwd=ROOT, capture_output=True, text=True)

@@ -52,6 +52,7 @@ def test_a_run_on_triton_is_the_run_on_torch(model: str) -> None:
     assert max(errors.values()) <= 5e-6, errors
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_give_the_same_bits() -> None:
     flags = f"{toys.MODELS['qwen3']} {FP32}"
     once, again = alone(flags, FUSED), alone(f"{flags} --recompute", FUSED)

@@ -146,6 +146,7 @@ print("loaded", transformers.__version__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_path", [True, False], ids=["tree-on-path", "started-in-the-tree"])
 def test_transformers_builds_and_loads_a_llama_with_our_folder_on_its_path(on_path: bool, tmp_path: Path) -> None:
     pytest.importorskip("transformers")

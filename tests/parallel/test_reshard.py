@@ -63,6 +63,7 @@ def differing(found: State, wanted: State) -> list[str]:
     return [name for name, tensor in wanted.items() if not np.array_equal(found[name], tensor)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "targets"), [("llama-tied", [*TARGETS]), ("gpt2", ["tp4", "pp4"]),
                                                 ("llama", ["dp4", "one process"])])
 def test_the_curve_goes_on_under_any_layout(ranks: Any, model: str, targets: list[str], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def data(folder: Path) -> list[str]:
     return runs.write_corpus(folder / "corpus")
 
 
+@pytest.mark.slow
 def test_twice_resumed_across_an_epochs_end_is_bit_equal(folder: Path, data: list[str]) -> None:
     samples = open_samples(data[1], seq_len=32, seed=1234)
     assert samples.epoch_size == EPOCH and EPOCH % 4 and 7 * 4 < EPOCH < 17 * 4
@@ -41,6 +42,7 @@ def test_twice_resumed_across_an_epochs_end_is_bit_equal(folder: Path, data: lis
     runs.assert_same_run(folder / "parts", folder / "whole")
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_to_resume(folder: Path, data: list[str]) -> None:
     out = folder / "finished"
     flags = [*runs.MODEL, "--steps", "2", *data, "--out", out]
@@ -52,6 +54,7 @@ def test_a_finished_run_has_nothing_to_resume(folder: Path, data: list[str]) -> 
     assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_another_global_batch_goes_on_at_the_next_sample(folder: Path, data: list[str]) -> None:
     out = folder / "batch"
     assert runs.pretrain(*runs.MODEL, "--steps", "3", *data, "--out", out).returncode == 0
@@ -70,6 +73,7 @@ def test_the_data_ranks_of_a_step_read_its_samples_once(data: list[str], dp: int
     assert (whole.labels == runs.np.concatenate([part.labels for part in parts])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # for want of a file descriptor
 def test_other_data_than_the_run_was_trained_on_must_be_meant(folder: Path, data: list[str],
                                                               capsys: pytest.CaptureFixture[str]) -> None:
