@@ -72,6 +72,7 @@ def test_twice_gives_the_same_bytes_and_the_size_is_kept(made: tuple[Path, DemoC
     assert 0.2 < make_demo(tmp_path / "small", 0.5).megabytes <= 0.5
 
 
+@pytest.mark.slow
 def test_bad_output_and_size_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):

@@ -254,6 +254,7 @@ def test_without_a_gpu_it_says_what_is_missing_and_what_runs_instead() -> None:
     assert line.startswith("benchmarks/kernels.py needs a CUDA GPU, and ") and "benchmarks/resources.py" in line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_make_targets_of_a_gpu_say_that_there_is_none_and_build_nothing(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())

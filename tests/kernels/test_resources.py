@@ -29,6 +29,7 @@ def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 80])
 def test_shared_memory_spills_and_hgmma_at_real_shapes(compilers: dict[int, subprocess.Popen[str]], arch: int) -> None:
     said, _ = compilers[arch].communicate()

@@ -25,6 +25,7 @@ assert not marked, f"left behind on {marked[:3]}"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])
 def test_a_plan_imports_no_compiler_and_leaves_no_mark_on_torch(model: str) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -147,6 +147,7 @@ def test_what_the_trainer_cannot_take_is_counted_and_the_rest_learned(tmp_path: 
 # --- the two files are one vocabulary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_real_text_gets_the_same_ids_from_both_files(

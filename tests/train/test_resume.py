@@ -93,6 +93,7 @@ def test_other_data_than_the_run_was_trained_on_must_be_meant(folder: Path, data
     assert "--new-data" in refused("--steps", "6", *data), "said once, it holds once"
 
 
+@pytest.mark.slow
 def test_a_corpus_that_changes_under_a_run_stops_it(folder: Path) -> None:
     flags = runs.write_corpus(folder / "changing")
     run = runs.start_ranks(folder / "changed", [*runs.MODEL, "--steps", "100000", *flags], world=1)
