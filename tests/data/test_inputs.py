@@ -414,9 +414,9 @@ def test_a_list_of_texts_is_a_text_of_lines(tmp_path: Path) -> None:
 # --- parquet
 
 
-def parquet(path: Path, columns: dict[str, list[object]], rows_a_group: int = 10) -> Path:
+def parquet(path: Path, columns: dict[str, list[object]], rows_a_group: int = 10, store_schema: bool = True) -> Path:
     arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    writer.write_table(arrow.table(columns), path, row_group_size=rows_a_group, store_schema=False)  # as others write
+    writer.write_table(arrow.table(columns), path, row_group_size=rows_a_group, store_schema=store_schema)
     return path
 
 
@@ -449,7 +449,7 @@ def test_rows_that_share_one_long_text_take_the_memory_of_one(tmp_path: Path) ->
     """A file of a few hundred bytes; as texts of their own the rows of a batch would be 1 GB."""
     arrow = pytest.importorskip("pyarrow")
     shared = arrow.DictionaryArray.from_arrays(arrow.array([0] * 256, arrow.int32()), arrow.array(["x" * (4 << 20)]))
-    path = parquet(tmp_path / "a.parquet", {"text": shared}, rows_a_group=256)
+    path = parquet(tmp_path / "a.parquet", {"text": shared}, rows_a_group=256, store_schema=False)  # as most write
     before = arrow.total_allocated_bytes()
     (source,) = find_sources([str(path)])
     most = count = 0
