@@ -47,8 +47,6 @@ def read_span(source: Source, meter: Meter, options: ReadOptions) -> Iterator[Do
             for item in _items(source, raw, meter, options):
                 last = item.line
                 yield item
-        except UnicodeDecodeError as error:
-            yield Fault(last + 1, f"the text is not {error.encoding} from here on: {error.reason}")
         except BROKEN as error:
             yield Fault(last + 1, broken(error, source.compression))
         try:
