@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-oldest lint docs bench gpu gpu-test gpu-races gpu-bench clean
+.PHONY: help env demo test test-fast test-oldest soak lint docs bench gpu gpu-test gpu-races gpu-bench clean
 
 TORCH := torch==2.13.0
 PY := .venv/bin/python
@@ -23,11 +23,14 @@ env: $(STAMP)  ## build .venv: torch, this package (editable), test and lint ext
 demo: $(STAMP)  ## the whole chain on this machine: text, tokenizer, pretraining, Hugging Face, tuning, samples
 	@$(PY) examples/demo.py
 
-test: $(STAMP)  ## the whole test suite
-	@$(PY) -m pytest
+test: $(STAMP)  ## the whole test suite but for soak
+	@$(PY) -m pytest -m "not soak"
 
 test-fast: $(STAMP)  ## the suite without its slow part
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "not slow and not soak"
+
+soak: $(STAMP)  ## kills, hangs and mutations that take minutes
+	@$(PY) -m pytest -m soak
 
 # Fused kernels support Triton 3.6 and later; .venv has the newest. numpy 2.4 breaks the interpreter of 3.6.0 alone.
 test-oldest: $(STAMP)  ## the tests of the kernels on the oldest Triton

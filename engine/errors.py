@@ -8,8 +8,29 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
+SHOWN = 200
+"""Characters of foreign text that a message repeats at most."""
+LONGEST = 2000
+"""Characters of a whole message; what is longer is our own mistake, and is cut."""
+
+
 class UserError(Exception):
-    """Bad input. The message says what is wrong, gives the numbers, and tells what to change."""
+    """Bad input. The message says what is wrong, gives the numbers, and tells what to change. It is one line:
+    control characters in it are escaped, and it is cut after `LONGEST` characters."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message, LONGEST))
+
+
+def shown(value: object, most: int = SHOWN) -> str:
+    """Foreign text (a name, a path, a value of a file) as a message may repeat it: control characters and lone
+    surrogates escaped, at most `most` characters, the others counted. Quotation marks are the caller's."""
+    text = str(value)
+    kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    more = len(text) - most
+    if len(kept) > most:
+        kept, more = kept[:most], max(more, 0) + len(kept) - most
+    return f"{kept}... ({more:,} characters more)" if more > 0 else kept
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
