@@ -38,13 +38,13 @@ def require_memory(plan: Plan, available: int, what: str) -> None:
     model = plan.config.model.model
     tracer = Tracer()
     holders = [text for text in (_single(plan, tracer), _several(plan, available, tracer)) if text is not None]
-    raise UserError("\n".join([
+    raise UserError(". ".join([
         f"training {model} in {str(plan.dtype).split('.')[-1]} needs {bytes_text(heaviest.memory.total)} on {where}; "
         f"{what} has {bytes_text(available)}",
-        f"  the estimate: {heaviest.memory}",
-        f"  what would hold it: {', or '.join(holders)}" if holders else
-        f"  no layout of up to {MOST_RANKS} such devices holds it; lower --seq-len, or take a smaller --model",
-        f"  to try the whole chain here: {TRY_HERE}",
+        f"The estimate: {heaviest.memory}",
+        f"What would hold it: {', or '.join(holders)}" if holders else
+        f"No layout of up to {MOST_RANKS} such devices holds it; lower --seq-len, or take a smaller --model",
+        f"To try the whole chain here: {TRY_HERE}",
     ]))
 
 

@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_said_in_plain_words() -> None:
                  "one GPU of 141 GB", "16 devices like this one (with --tp 8 and dp 2:",
                  "bash examples/pretrain_tiny.sh"):
         assert part in text
-    assert len(text.splitlines()) <= 4
+    assert len(text.splitlines()) == 1
 
 
 def test_the_proposed_layout_fits_and_recompute_is_proposed_first() -> None:
@@ -233,7 +233,7 @@ def test_a_stage_that_does_not_fit_is_named() -> None:
 
 def test_no_layout_is_proposed_where_none_holds_it() -> None:
     plan = estimate(config_of("--model 70b --seq-len 4096"), Layout(), torch.bfloat16)
-    with pytest.raises(UserError, match="no layout of up to 1024 such devices holds it"):
+    with pytest.raises(UserError, match="No layout of up to 1024 such devices holds it"):
         require_memory(plan, 10**8, "this machine")
 
 

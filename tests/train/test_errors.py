@@ -223,7 +223,7 @@ def test_a_7b_model_on_one_process_is_refused_in_plain_words(data: list[str], tm
     assert done.returncode == 1, "torchrun's own code"
     assert "exitcode  : 2" in done.stderr, "the worker's"
     assert "error: training 7b in bfloat16 needs " in done.stderr and "Traceback" not in done.stderr.split("error:")[0]
-    assert "bash examples/pretrain_tiny.sh" in done.stderr and "what would hold it: one GPU of 141 GB" in done.stderr
+    assert "bash examples/pretrain_tiny.sh" in done.stderr and "What would hold it: one GPU of 141 GB" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
