@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-
 SHOWN = 200
 """Characters of foreign text that a message repeats at most."""
 LONGEST = 2000
