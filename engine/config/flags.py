@@ -20,6 +20,8 @@ from engine.config.schema import ModelConfig, RunConfig
 from engine.errors import UserError, nearest
 
 Values = dict[str, Any]
+JOINED = ("data", "valid_data")
+"""Flags that may be repeated (in YAML: a list), for they name several files: their values are joined by commas."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def _convert(leaf: Leaf, value: Any) -> Any:
         if str(value).lower() not in words:
             raise UserError(f"{flag} {str(value)[:80]!r} is not true or false")
         return words[str(value).lower()]
+    if leaf.name in JOINED and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
     if isinstance(value, (bool, list, dict)):
         raise UserError(f"{flag} must be a {leaf.type.__name__}, not a {type(value).__name__}")
     if leaf.type is str:
@@ -146,7 +150,9 @@ def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values
             bare = negated or not words or words[0].lower() not in ("true", "false")
             found[leaf.name] = not negated if bare else words.pop(0).lower() == "true"
         else:
-            found[leaf.name] = _convert(leaf, value if equals else _next_value(key, words))
+            converted = _convert(leaf, value if equals else _next_value(key, words))
+            earlier = found.get(leaf.name) if leaf.name in JOINED else None
+            found[leaf.name] = f"{earlier},{converted}" if earlier else converted
     return found, config
 
 

@@ -24,10 +24,14 @@ def fault(*argv: str, world: int | None = None) -> str:
     return text
 
 
-def from_yaml(folder: Path, text: str, *flags: str) -> RunConfig:
+def write(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
     path.write_text(text)
-    return parse(["--config", str(path), *flags])
+    return path
+
+
+def from_yaml(folder: Path, text: str, *flags: str) -> RunConfig:
+    return parse(["--config", str(write(folder, text)), *flags])
 
 
 def test_flags_come_in_every_spelling() -> None:
@@ -38,6 +42,14 @@ def test_flags_come_in_every_spelling() -> None:
     assert not parse(["--sequence-parallel", "--no-sequence-parallel"]).parallel.sequence_parallel
     assert parse(["--tp", "2", "--tp", "4"]).parallel.tp == 4, "the later flag wins"
     assert parse(["--recompute", "--tp", "2"]).runtime.recompute
+
+
+def test_several_files_are_repeated_or_joined_by_commas(tmp_path: Path) -> None:
+    asked = parse("--data a.jsonl --data b.jsonl --valid-data=c --valid-data d,e --tokenizer t --tokenizer u".split())
+    assert (asked.data.data, asked.data.valid_data, asked.data.tokenizer) == ("a.jsonl,b.jsonl", "c,d,e", "u")
+    assert from_yaml(tmp_path, "data: {data: [a.jsonl, b.jsonl]}").data.data == "a.jsonl,b.jsonl"
+    assert from_yaml(tmp_path, "data: {data: [a, b]}", "--data", "c").data.data == "c", "flags win over the file"
+    assert "--data must be a str, not a list" in fault("--config", str(write(tmp_path, "data: {data: [1, 2]}")))
 
 
 def test_numbers_keep_their_value() -> None:
