@@ -12,13 +12,14 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.config import RunConfig
-from engine.data.chat import CHATML_TEMPLATE, ChatBatches
+from engine.data.chat import CHATML_TEMPLATE
 from engine.data.fingerprint import Fingerprint, of_file
 from engine.errors import UserError
 from engine.mesh import Mesh
 from engine.train.entry import enter
 from engine.train.job import Job
 from engine.train.run import Feed
+from engine.tune.batches import ChatBatches
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType({
     "lr": 2e-5, "warmup": 20, "decay": "cosine", "weight_decay": 0.0, "global_batch": 16, "micro_batch": 4,

@@ -15,8 +15,7 @@ import torch
 from engine.checkpoint import Entry, TensorSource, load_weights, open_checkpoint, resolve
 from engine.config import ModelConfig
 from engine.config.flags import from_dict
-from engine.data.chat import END, ChatEncoder
-from engine.data.chat_rows import Message
+from engine.data.chat import END, ChatEncoder, Message
 from engine.errors import UserError, run_cli
 from engine.hf import open_hf
 from engine.kernels.dispatch import choose

@@ -13,8 +13,7 @@ import torch
 
 from engine.checkpoint import Entry, save_checkpoint
 from engine.config import ModelConfig, RunConfig, to_dict
-from engine.data.chat import ChatEncoder
-from engine.data.chat_rows import Message
+from engine.data.chat import ChatEncoder, Message
 from engine.errors import UserError
 from engine.generate import begin, generate, load_for_inference, main
 from engine.model import Decoder, Parts

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from engine.checkpoint import Entry, save_checkpoint
 from engine.config import ModelConfig, RunConfig, to_dict
-from engine.data.chat import CHATML_TEMPLATE, ChatEncoder
-from engine.data.chat_rows import Message
+from engine.data.chat import CHATML_TEMPLATE, ChatEncoder, Message
 from engine.hf import assets_for
 from engine.hf.convert import convert
 from engine.model import Decoder, Parts

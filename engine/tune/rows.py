@@ -16,10 +16,11 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
+from engine.data.chat import Message
 from engine.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -30,15 +31,6 @@ MAX_ARRAY = 1 << 30
 _ALIASES = {"human": "user", "gpt": "assistant"}
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
 _KINDS = "messages, conversations, " + ", ".join(" + ".join(pair) for pair in _PAIRS)
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. `learn`: the loss is taken on its content and the end of the turn; only ever true of an assistant's."""
-
-    role: str
-    content: str
-    learn: bool = False
 
 
 def read_chats(path: str | Path) -> Iterator[list[Message]]:
