@@ -89,7 +89,8 @@ def _check_choices(config: RunConfig) -> None:
     for group, name, options in CHOICES:
         value = getattr(getattr(config, group), name)
         if value not in options:
-            close = nearest(value, options)
+            # A family's name is never guessed: gptj looks like gpt2 and is another network.
+            close = nearest(value, options) if name != "family" else None
             hint = f"did you mean {close}?" if close else f"use {', '.join(options)}"
             raise UserError(f"--{name.replace('_', '-')} {value!r} is not known; {hint}")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
 from engine.config.schema import ModelConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, shown
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
@@ -30,25 +29,37 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 """Fields that differ from ModelConfig's defaults; sources beside the sizes that have one."""
 
 
+SIZES = frozenset(PRESETS["tiny"])
+"""What every preset says. A config that gives all of it needs no preset, and its `model` may be any name."""
+
+
 def resolve_model(given: Mapping[str, Any], base: ModelConfig | None = None) -> ModelConfig:
     """The ModelConfig of the fields `given`, over `base` (a loaded checkpoint's) or over the preset they name.
 
     `--hidden` or `--heads` alone moves `head_dim` along (hidden / heads), as the preset had it; `--heads` alone
-    moves `kv_heads` where the preset had no grouping.
+    moves `kv_heads` where the preset had no grouping. A loaded model keeps its own name.
     Raises UserError for an unknown preset.
     """
     name = given.get("model", "tiny" if base is None else base.model)
-    if base is None:
-        if name not in PRESETS:
-            close = nearest(name, PRESETS)
-            hint = f"did you mean {close}?" if close else f"use one of {', '.join(PRESETS)}"
-            raise UserError(f"model {name!r} is not a preset; {hint}")
-        start: dict[str, Any] = {"model": name, **PRESETS[name]}
-    else:
-        start = {f.name: getattr(base, f.name) for f in fields(ModelConfig)}
-    merged = {**start, **given}
+    known = name in PRESETS or SIZES <= given.keys() or (base is not None and name == base.model)
+    if not known:
+        # No guess but for capitals: 3b is not 13b, and gpt3 is not gpt2.
+        hint = f"did you mean {name.lower()}?" if name.lower() in PRESETS else f"use one of {', '.join(PRESETS)}"
+        hint = hint if base is None else "a loaded model keeps its own name, so leave the flag out"
+        raise UserError(f"--model '{shown(name, 60)}' is not a preset; {hint}")
+    start = vars(base) if base is not None else {"model": name, **PRESETS.get(name, {})}
+    merged = {**start, **given, "model": name if base is None else base.model}
     if "kv_heads" not in given and start["kv_heads"] == start["heads"]:
         merged["kv_heads"] = merged["heads"]
     if "head_dim" not in given and start["head_dim"] * start["heads"] == start["hidden"] and merged["heads"] > 0:
         merged["head_dim"] = merged["hidden"] // merged["heads"]
     return ModelConfig(**merged)
+
+
+def preset_fault(name: str, given: Mapping[str, Any], base: ModelConfig) -> str | None:
+    """The first field in which the preset `name`, with the fields `given` beside it, is another network than `base`;
+    None where they agree, or there is no such preset. The vocabulary and the longest sequence are the model's own."""
+    for field, value in PRESETS.get(name, {}).items():
+        if field not in given and field not in ("vocab_size", "max_positions") and getattr(base, field) != value:
+            return field
+    return None

@@ -13,7 +13,7 @@ class ModelConfig:
     """The network. `model` names a preset; every other field overrides what the preset says."""
 
     model: str = "tiny"
-    """Preset: tiny, 125m, 1b, 7b, 8b, 13b, 70b, gpt2."""
+    """Preset: tiny, 125m, 1b, 7b, 8b, 13b, 70b, gpt2. A loaded model keeps its own name."""
     family: str = "llama"
     """llama (RMSNorm, RoPE, SwiGLU) or gpt2 (LayerNorm, learned positions, GELU, biases)."""
     layers: int = 4

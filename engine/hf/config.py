@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 from engine.checkpoint.strict_json import read_object
 from engine.config import ModelConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, shown
 from engine.hf import gpt2, llama
 from engine.hf.family import Family
 from engine.hf.keys import Keys
+from engine.hf.unsupported import UNSUPPORTED
 from engine.model.shapes import logical_shapes
 from engine.tokenizer import Tokenizer
 
@@ -25,6 +27,10 @@ HF_DTYPES: Mapping[str, str] = MappingProxyType(
 """Our words for number formats -> those of config.json."""
 MAX_PARAMETERS = 1 << 44
 """A config that asks for more is damaged or hostile."""
+
+
+LONGEST_NAME = 60
+"""Characters of a model's name in reports."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +82,34 @@ def config_from_hf(content: Mapping[str, Any], place: str = "config.json") -> Mo
 def family_of(keys: Keys) -> Family:
     """The family of a config.json by its model_type."""
     kind = keys.get("model_type")
+    kind = kind if isinstance(kind, str) else repr(kind)
     known = [word for family in FAMILIES.values() for word in family.model_types]
     for family in FAMILIES.values():
         if kind in family.model_types:
             return family
-    close = nearest(str(kind), known)
-    raise UserError(f"{keys.place}: model_type {str(kind)[:40]!r} is not supported"
-                    f"{f' (did you mean {close}?)' if close else ''}; known are {', '.join(known)}")
+    # Never "did you mean": the name of a network that looks alike is that of another network.
+    word = shown(kind, 40)
+    if kind in UNSUPPORTED:
+        why = f" (it has {UNSUPPORTED[kind]})" if UNSUPPORTED[kind] else ""
+        what = f"the model family {word} is known, but not supported{why}"
+    else:
+        what = f"the model_type '{word}' is not supported"
+    raise UserError(f"{keys.place}: {what}; Triax computes {', '.join(known)}")
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The network of a Hugging Face folder."""
+    """The network of a Hugging Face folder, under the folder's name."""
     path = Path(folder) / "config.json"
-    return config_from_hf(read_object(path), str(path))
+    return replace(config_from_hf(read_object(path), str(path)), model=model_name(folder))
+
+
+def model_name(folder: Path) -> str:
+    """What its user calls the model in a folder: the folder's name; in the hub's cache, that of the repository.
+    config.json's own `_name_or_path` is a path on another machine as often as not."""
+    path = Path(os.path.abspath(folder))
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return shown("/".join(path.parent.parent.name.split("--")[1:]), LONGEST_NAME)
+    return shown(path.name, LONGEST_NAME) or "model"
 
 
 def read_token_ids(folder: Path) -> TokenIds:

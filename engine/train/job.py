@@ -14,8 +14,9 @@ import torch
 from engine.checkpoint import Resolved, latest_step, open_checkpoint, resolve
 from engine.config import Layout, ModelConfig, RunConfig, check
 from engine.config.flags import build, from_dict, parse_values, to_dict
+from engine.config.presets import preset_fault
 from engine.data.fingerprint import Fingerprint, difference
-from engine.errors import UserError
+from engine.errors import UserError, shown
 from engine.hf import read_config
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
 from engine.plan import Plan, available_memory, estimate, require_memory
@@ -82,7 +83,8 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     """The job of `argv`, over the flags of a recipe, over an entry point's defaults. Raises UserError for anything that
     is wrong; `check_data` looks at the data once the rest is known to be sound, and says what they are. Memory comes
     before tokenizer and data: whoever tries the 7B recipe on a laptop learns first that it does not fit."""
-    values, weights, resume = _sources({**defaults, **parse_values(recipe)}, parse_values(argv))
+    given = parse_values(argv)
+    values, weights, resume = _sources({**defaults, **parse_values(recipe)}, given)
     base = _base_model(values, weights, resume)
     tokenizer, missing = _try_tokenizer(values, weights, resume)
     notes = _vocabulary(values, base, tokenizer)
@@ -90,7 +92,7 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     world = switches.world_size or place.world
     layout = check(config, world)
     if base is not None:
-        _same_model(config.model, base, weights or Resolved("run", resume or Path()))
+        _same_model(given, config.model, base, weights or Resolved("run", resume or Path()))
     _check_folder(config, resume)
     if switches.check and config.save.out:
         check_lock(Path(config.save.out))
@@ -163,8 +165,13 @@ def _base_model(values: Values, weights: Resolved | None, resume: Path | None) -
     return from_dict(open_checkpoint(weights.folder).config).model
 
 
-def _same_model(model: ModelConfig, base: ModelConfig, source: Resolved) -> None:
-    """A loaded model has the shape it has: a flag that says otherwise is a mistake."""
+def _same_model(given: Values, model: ModelConfig, base: ModelConfig, source: Resolved) -> None:
+    """A loaded model has the shape it has: a flag that says otherwise is a mistake. A recipe's own --model is none."""
+    preset = str(given.get("model", ""))
+    fault = preset_fault(preset, given, base)
+    if fault is not None:
+        raise UserError(f"--model {preset} contradicts {shown(source.folder)}, whose model {base.model} has "
+                        f"{fault.replace('_', '-')} {getattr(base, fault)}; leave the flag out")
     ignored = ("model", "init_std", "max_positions")
     differ = [name for name, value in vars(base).items() if name not in ignored and getattr(model, name) != value]
     if differ:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def test_a_config_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     ("--tp two", "--tp 'two' is not a number"), ("--tp 1.5", "--tp '1.5' is not a whole number"),
     ("--lr nan", "--lr 'nan' is not a finite number"), ("--lr 1e999", "not a finite number"),
     ("--tied maybe --tp 2", "unexpected argument 'maybe'"), ("--tied=maybe", "--tied 'maybe' is not true or false"),
-    ("--model 7B", "did you mean 7b?"), ("--model gigantic", "use one of tiny, 125m"), ("-tp 2", "unexpected argument"),
+    ("--model 7B", "did you mean 7b?"), ("--model gigantic", "use one of tiny, 125m"),
+    ("--model 3b", "use one of tiny, 125m"), ("--model gpt3", "--model 'gpt3' is not a preset; use one of tiny"),
+    ("-tp 2", "unexpected argument"),
     ("--config", "--config needs a value"),
 ])
 def test_a_flag_that_cannot_be_read(argv: str, message: str) -> None:
@@ -144,7 +146,7 @@ def test_a_flag_that_cannot_be_read(argv: str, message: str) -> None:
     ("--norm-eps -1", 1, "--norm-eps -1.0 must be"), ("--rope-theta 0", 1, "--rope-theta 0.0 must be above 0"),
     ("--dtype fp16", 1, "use --dtype bf16 or fp32"), ("--dtype float32", 1, "--dtype 'float32' is not known"),
     ("--schedule 1f1", 1, "did you mean 1f1b?"), ("--attention flash", 1, "use auto, triton, sdpa, reference"),
-    ("--family lama", 1, "did you mean llama?"), ("--decay cosin", 1, "did you mean cosine?"),
+    ("--family gptj", 1, "use llama, gpt2"), ("--decay cosin", 1, "did you mean cosine?"),
 ])
 def test_a_rule_that_is_broken_names_flag_numbers_and_cure(argv: str, world: int, message: str) -> None:
     assert message in fault(*argv.split(), world=world)
@@ -179,6 +181,17 @@ def test_a_saved_config_reads_back_as_it_was(tmp_path: Path, argv: str) -> None:
     config = parse(argv.split())
     assert from_yaml(tmp_path, to_yaml(config)) == config
     assert from_dict(to_dict(config)) == config
+
+
+def test_a_model_of_any_name_reads_back_where_its_config_says_all_sizes(tmp_path: Path) -> None:
+    config = parse([])
+    config = replace(config, model=replace(config.model, model="org/Some-Model"))
+    assert from_yaml(tmp_path, to_yaml(config)) == config and from_dict(to_dict(config)) == config
+    loaded = parse(["--max-positions", "64"], config.model)
+    assert (loaded.model.model, loaded.model.max_positions) == ("org/Some-Model", 64)
+    assert parse(["--model", "tiny"], config.model).model.model == "org/Some-Model"
+    with pytest.raises(UserError, match="a loaded model keeps its own name, so leave the flag out"):
+        parse(["--model", "mine"], config.model)
 
 
 @pytest.mark.parametrize("content", [{"model": 3}, {"nothing": {}}, {"model": {"laers": 1}}, {"batch": {"steps": []}}])

@@ -70,7 +70,8 @@ LLAMA_KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "code": ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantised"),
-    "type": ({"model_type": "lama"}, "did you mean llama"), "type list": ({"model_type": [["x"]]}, "is not supported"),
+    "type": ({"model_type": "lama"}, "'lama' is not supported; Triax computes llama, mistral"),
+    "type list": ({"model_type": [["x"]]}, "is not supported"),
     "window": ({"model_type": "mistral", "sliding_window": 16}, "sliding_window 16 is not supported"),
     "window text": ({"model_type": "mistral", "sliding_window": "x"}, "sliding_window 'x'"),
     "window qwen": ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16}, "sliding_window 16"),
@@ -176,7 +177,7 @@ def test_a_link_out_of_the_folder_is_refused_but_not_the_hub_caches(tmp_path: Pa
     (folder / "model.safetensors").unlink()
     folder.rename(cache / "snapshots" / "main")
     (cache / "snapshots" / "main" / "model.safetensors").symlink_to("../../blobs/abc")
-    assert open_hf(cache / "snapshots" / "main").config == TINY
+    assert open_hf(cache / "snapshots" / "main").config == replace(TINY, model="a/b")
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -228,7 +229,7 @@ def test_pickles_and_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
 def test_special_token_ids_are_checked(tmp_path: Path) -> None:
     folder = write(tmp_path / "hf", TINY)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7], "bos_token_id": 1}')
-    assert read_token_ids(folder) == TokenIds(1, (2, 7), None) and read_config(folder) == TINY
+    assert read_token_ids(folder) == TokenIds(1, (2, 7), None) and read_config(folder) == replace(TINY, model="hf")
     (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
     with pytest.raises(UserError, match="not whole numbers"):
         read_token_ids(folder)

@@ -118,6 +118,7 @@ def test_a_folder_with_checkpoints_is_not_written_over(
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--layers", "6"], "--layers 6 contradicts"), (["--tied"], "--tied True contradicts"),
+    (["--model", "7b"], "whose model tiny has layers 4; leave the flag out"),
     (["--family", "gpt2"], "--family gpt2 contradicts"), (["--dtype", "bf16"], "--dtype"),
     (["--vocab-size", "330"], "--vocab-size 330 contradicts"), (["--qk-norm"], "--qk-norm True contradicts"),
 ])
