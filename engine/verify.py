@@ -1,13 +1,15 @@
 """Does this layout compute the run of one process? `torchrun --nproc-per-node N -m engine.verify --tp 2 --pp 2 ...`
 
 Trains the asked layout and then, on rank 0 alone, one process with the same config on the same synthetic tokens, and
-compares initial weights (bit for bit), the first step's gradients tensor by tensor, and each step's loss and gradient
-norm. Flags are those of pretraining; without them a toy model in fp64. Exit code 0 when equal, 1 when not.
+compares the samples that every rank reads, initial weights (bit for bit, in each dp copy), the first step's gradients
+tensor by tensor, and each step's loss and gradient norm. Flags are those of pretraining; without them a toy model in
+fp64. Exit code 0 when equal, 1 when not.
 """
 
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -57,11 +59,15 @@ BOUNDS: Mapping[str, Bounds] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run leaves to compare: (loss, gradient norm) of each step, and whole tensors by logical name."""
+    """What a run leaves to compare: (loss, gradient norm) of each step, whole tensors of the first dp copy by logical
+    name, how many elements of the other copies differ from it, and checksums of the samples [steps, global batch].
+    NaN stands where the ranks do not agree on what they hold."""
 
     curve: list[tuple[float, float]]
     weights: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
+    copies: dict[str, float]
+    samples: torch.Tensor
 
 
 def main(argv: Sequence[str]) -> int:
@@ -112,19 +118,26 @@ def trace(config: RunConfig, mesh: Mesh, device: torch.device, dtype: torch.dtyp
     """Trains from the initial weights to the last step; called by every rank of the mesh."""
     engine = Engine(config, mesh, device, dtype, kernels)
     engine.initialize()
-    weights = gather(local_weights(engine), config, mesh)
+    weights = gather(local_weights(engine), config, mesh, "model")  # each dp copy is whole in itself
+    copies = copies_apart(weights, mesh, "")
     engine.optimizer.config = replace(config.optimizer, clip=0.0)  # a clipped shard would not be the gradient
-    curve = train(engine, 1)
-    gradients = gather(local_gradients(engine), config, mesh)
+    read: list[Batch] = []
+    curve = train(engine, 1, read)
+    gradients = gather(local_gradients(engine), config, mesh, "world")  # each dp rank has its rows of the sum
     engine.optimizer.config = config.optimizer
-    return Trace(curve + train(engine, config.batch.steps - 1), weights, gradients)
+    curve += train(engine, config.batch.steps - 1, read)
+    copies |= copies_apart(gather(local_weights(engine), config, mesh, "model"), mesh, " after the last step")
+    return Trace(curve, weights, gradients, copies, gather_samples(read, config, mesh, device))
 
 
-def train(engine: Engine, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the next steps, on synthetic batches."""
+def train(engine: Engine, steps: int, read: list[Batch] | None = None) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the next steps, on synthetic batches; this rank's part of them is added to `read`."""
     found = []
     for _ in range(steps):
-        result = engine.train_step(make_batch(engine.config, engine.step, engine.mesh.dp, engine.mesh.size("dp")))
+        batch = make_batch(engine.config, engine.step, engine.mesh.dp, engine.mesh.size("dp"))
+        if read is not None:
+            read.append(batch)
+        result = engine.train_step(batch)
         found.append((result.loss, result.grad_norm))
     return found
 
@@ -153,42 +166,76 @@ def local_gradients(engine: Engine) -> list[Entry]:
             for bucket in engine.optimizer.buckets for piece, span in bucket.shard_pieces()]
 
 
-def gather(entries: Iterable[Entry], config: RunConfig, mesh: Mesh) -> dict[str, torch.Tensor]:
-    """Whole tensors on every rank. Each element is one rank's number plus zeros, so the sum is exact.
+Window = tuple[slice, ...]
+
+
+def gather(entries: Iterable[Entry], config: RunConfig, mesh: Mesh, over: str) -> dict[str, torch.Tensor]:
+    """Whole tensors on every rank, put together over the mesh's group `over`, in which each element has one holder."""
+    held: dict[str, list[tuple[Window, torch.Tensor, bool]]] = {}
+    for entry in entries:
+        window = tuple(slice(a, a + n) for a, n in zip(entry.piece.start, entry.piece.extent, strict=True))
+        held.setdefault(entry.piece.member.name, []).append((window, entry.tensor, entry.piece.member.primary))
+    sample = next((part[1] for parts in held.values() for part in parts), torch.zeros(()))
+    kind = torch.float64 if config.runtime.dtype == "fp64" else torch.float32
+    return {name: _whole(torch.zeros(shape, dtype=kind, device=sample.device), held.get(name, []), mesh, over)
+            for name, shape in logical_shapes(config.model).items()}
+
+
+def _whole(values: torch.Tensor, parts: Sequence[tuple[Window, torch.Tensor, bool]], mesh: Mesh,
+           over: str) -> torch.Tensor:
+    """The sum over a group of each rank's primary parts in a tensor of zeros: one rank's number plus zeros, so exact.
 
     Elements that nobody or several hold would make a wrong sum: they are set to NaN, which no comparison passes.
-    Copies that are not primary must agree with the whole bit for bit, else they too leave a NaN.
+    Parts that are not primary must agree with the whole bit for bit, else they too leave a NaN.
     """
-    held: dict[str, list[Entry]] = {}
-    for entry in entries:
-        held.setdefault(entry.piece.member.name, []).append(entry)
-    sample = next((e.tensor for group in held.values() for e in group), torch.zeros((), dtype=torch.float64))
-    kind = torch.float64 if config.runtime.dtype == "fp64" else torch.float32
+    holders, differ = torch.zeros_like(values), torch.zeros_like(values)
+    for window, tensor, primary in parts:
+        if primary:
+            values[window] = tensor.to(values.dtype)
+            holders[window] += 1
+    _sum(values, mesh, over)
+    _sum(holders, mesh, over)
+    for window, tensor, _ in parts:
+        differ[window] = (values[window] != tensor.to(values.dtype)).to(values.dtype)
+    _sum(differ, mesh, over)
+    return values.masked_fill((holders != 1) | (differ > 0), float("nan"))
+
+
+def _sum(x: torch.Tensor, mesh: Mesh, over: str) -> None:
+    group = mesh.group(over)
+    if group is not None:
+        group.all_reduce_(x)
+
+
+def copies_apart(weights: Mapping[str, torch.Tensor], mesh: Mesh, when: str) -> dict[str, float]:
+    """For each tensor of each dp copy how many of its elements differ from those of the first copy; `when` is added to
+    the names."""
     found = {}
-    for name, shape in logical_shapes(config.model).items():
-        values, holders = torch.zeros(2, *shape, dtype=kind, device=sample.device)
-        for entry in held.get(name, []):
-            if entry.piece.member.primary:
-                values[_window(entry)] = entry.tensor.to(kind)
-                holders[_window(entry)] += 1
-        _sum(values, mesh)
-        _sum(holders, mesh)
-        differ = torch.zeros_like(values)
-        for entry in held.get(name, []):
-            differ[_window(entry)] = (values[_window(entry)] != entry.tensor.to(kind)).to(kind)
-        _sum(differ, mesh)
-        found[name] = values.masked_fill((holders != 1) | (differ > 0), float("nan"))
+    for name, tensor in weights.items():
+        first = tensor.clone() if mesh.dp == 0 else torch.zeros_like(tensor)
+        _sum(first, mesh, "dp")
+        counts = torch.zeros(mesh.size("dp"), dtype=torch.float64, device=tensor.device)
+        counts[mesh.dp] = (tensor != first).sum()
+        _sum(counts, mesh, "dp")
+        found.update({f"{name} of dp copy {i}{when}": count for i, count in enumerate(counts.tolist())})
     return found
 
 
-def _window(entry: Entry) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(entry.piece.start, entry.piece.extent, strict=True))
+def gather_samples(read: Sequence[Batch], config: RunConfig, mesh: Mesh, device: torch.device) -> torch.Tensor:
+    """Checksums [steps, global batch] of the samples that the ranks have read: tokens, labels, documents. All ranks of
+    a dp copy must have read the same; one of them counts as the holder."""
+    rows = torch.tensor([[_checksum(batch, row) for row in range(len(batch.tokens))] for batch in read],
+                        dtype=torch.float64, device=device)
+    low = mesh.dp * rows.shape[1]
+    whole = torch.zeros(len(read), config.batch.global_batch, dtype=torch.float64, device=device)
+    return _whole(whole, [((slice(None), slice(low, low + rows.shape[1])), rows, mesh.tp == mesh.pp == 0)], mesh,
+                  "world")
 
 
-def _sum(x: torch.Tensor, mesh: Mesh) -> None:
-    world = mesh.group("world")
-    if world is not None:
-        world.all_reduce_(x)
+def _checksum(batch: Batch, row: int) -> int:
+    """crc32 of all that one row of a batch holds."""
+    parts = [batch.tokens[row], batch.labels[row], *([] if batch.begins is None else [batch.begins[row]])]
+    return zlib.crc32(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
 
 
 def gradient_errors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -216,8 +263,12 @@ def report(found: Trace, wanted: Trace, config: RunConfig, layout: str) -> bool:
     """Prints the worst figures and the verdict; returns whether the two runs are equal."""
     bounds = BOUNDS[config.runtime.dtype]
     bits = {name: float((found.weights[name] != tensor).sum()) for name, tensor in wanted.weights.items()}
+    samples = {f"step {step + 1}, sample {sample + 1}": float(differs) for step, row in
+               enumerate((found.samples != wanted.samples).tolist()) for sample, differs in enumerate(row)}
     figures = [
+        ("samples that differ", worst(samples), 0.0),
         ("initial weights, elements that differ", worst(bits), 0.0),
+        ("dp copies, elements unlike the first", worst(found.copies), 0.0),
         ("first gradient of a tensor", worst(gradient_errors(found.gradients, wanted.gradients)), bounds.gradient),
         ("loss of a step", worst(relative(*([x for x, _ in run.curve] for run in (found, wanted)))), bounds.loss),
         ("gradient norm of a step", worst(relative(*([x for _, x in run.curve] for run in (found, wanted)))),
