@@ -101,10 +101,13 @@ def _check_model(model: ModelConfig) -> None:
         if getattr(model, flag) > most:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(model, flag)} is beyond any model; use at most "
                             f"{most}")
-    for flag in ("norm_eps", "init_std"):
-        _at_least(flag, getattr(model, flag), 0)
-    if model.rope_theta <= 0:
-        raise UserError(f"--rope-theta {model.rope_theta} must be above 0")
+    _at_least("init_std", model.init_std, 0)
+    for flag in ("norm_eps", "rope_theta"):
+        if getattr(model, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(model, flag)} must be above 0")
+    if model.family == "gpt2" and model.rope_theta != ModelConfig.rope_theta:
+        raise UserError(f"--rope-theta {model.rope_theta}: the family gpt2 learns its positions and turns nothing; "
+                        f"leave the flag out, or use --rope-theta {ModelConfig.rope_theta}")
     if model.heads % model.kv_heads:
         raise UserError(f"heads {model.heads} is not divisible by kv-heads {model.kv_heads}; "
                         f"use --kv-heads {_divisors(model.heads)}")

@@ -51,9 +51,17 @@ def token_ids(tokenizer: Tokenizer | None) -> TokenIds:
 
 
 def config_to_hf(config: ModelConfig, ids: TokenIds, dtype: str = "fp32") -> dict[str, Any]:
-    """The content of config.json; UserError for a network that no Hugging Face class computes."""
-    word = HF_DTYPES[dtype]
-    return {**FAMILIES[config.family].to_hf(config), "dtype": word, "torch_dtype": word, "bos_token_id": ids.bos,
+    """The content of config.json; UserError for a network that no Hugging Face class computes, and for a field of it
+    that does not come back from there as it went: no setting of a model is lost on export."""
+    word, family = HF_DTYPES[dtype], FAMILIES[config.family]
+    network = family.to_hf(config)
+    back = family.from_hf(Keys(network, "the model's config.json"))
+    kept = [name for name in vars(config) if name != "model" and name not in family.unused]
+    lost = next((name for name in kept if getattr(back, name) != getattr(config, name)), None)
+    if lost is not None:
+        raise UserError(f"Hugging Face's {network['model_type']} has no place for {lost.replace('_', '-')} "
+                        f"{getattr(config, lost)}: its config.json would say {getattr(back, lost)}")
+    return {**network, "dtype": word, "torch_dtype": word, "bos_token_id": ids.bos,
             "eos_token_id": ids.eos[0] if ids.eos else None, "pad_token_id": ids.pad}
 
 

@@ -50,6 +50,8 @@ class Family:
     """The name of a tensor as save_pretrained writes it, from the spellings found in older files."""
     ignored: re.Pattern[str] = re.compile(r"(?!)")
     """Tensors of older files that are no weights (masks, rotary tables)."""
+    unused: frozenset[str] = frozenset()
+    """Fields of ModelConfig that the family does not compute with; every other one must come back as it went."""
 
 
 def spots(family: Family, config: ModelConfig) -> dict[str, Spot]:

@@ -32,7 +32,7 @@ def from_hf(keys: Keys) -> ModelConfig:
         ffn_hidden=keys.whole("n_inner", 1 << 22, 4 * hidden), head_dim=hidden // heads,
         vocab_size=keys.whole("vocab_size", 1 << 24), max_positions=keys.whole("n_positions", 1 << 24),
         norm_eps=keys.positive("layer_norm_epsilon", 1e-5), qkv_bias=True, out_bias=True, mlp_bias=True,
-        tied=keys.flag("tie_word_embeddings", True), init_std=keys.positive("initializer_range", 0.02))
+        tied=keys.flag("tie_word_embeddings", True), init_std=keys.number("initializer_range", 0.02))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -74,4 +74,4 @@ def canonical(name: str) -> str:
 
 
 FAMILY = Family(("gpt2",), from_hf, to_hf, tensors, canonical,
-                ignored=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"))
+                ignored=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"), unused=frozenset({"rope_theta"}))

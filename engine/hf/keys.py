@@ -38,6 +38,13 @@ class Keys:
             raise self.fail(key, f"is not a whole number from 1 to {most}")
         return value
 
+    def number(self, key: str, default: Any = _MISSING) -> float:
+        """A finite number from 0."""
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not 0 <= value < 1e30 or not math.isfinite(value):
+            raise self.fail(key, "is not a number from 0")
+        return float(value)
+
     def positive(self, key: str, default: Any = _MISSING) -> float:
         """A finite number above 0."""
         value = self.get(key, default)

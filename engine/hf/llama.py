@@ -37,7 +37,7 @@ def from_hf(keys: Keys) -> ModelConfig:
         vocab_size=keys.whole("vocab_size", 1 << 24), max_positions=keys.whole("max_position_embeddings", 1 << 31),
         norm_eps=keys.positive("rms_norm_eps"), rope_theta=_rope_theta(keys), qkv_bias=bias or kind == "qwen2",
         out_bias=bias, mlp_bias=keys.flag("mlp_bias", False) if kind == "llama" else False, qk_norm=kind == "qwen3",
-        tied=keys.flag("tie_word_embeddings", False), init_std=keys.positive("initializer_range", 0.02))
+        tied=keys.flag("tie_word_embeddings", False), init_std=keys.number("initializer_range", 0.02))
 
 
 def _full_attention(keys: Keys, kind: str) -> None:

@@ -17,7 +17,7 @@ from engine.config.flags import build, from_dict, parse_values, to_dict
 from engine.config.presets import preset_fault
 from engine.data.fingerprint import Fingerprint, difference
 from engine.errors import UserError, shown
-from engine.hf import read_config
+from engine.hf import TokenIds, config_to_hf, read_config
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
 from engine.plan import Plan, available_memory, estimate, require_memory
 from engine.tokenizer import Tokenizer, load_tokenizer
@@ -93,6 +93,8 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     layout = check(config, world)
     if base is not None:
         _same_model(given, config.model, base, weights or Resolved("run", resume or Path()))
+    if config.save.out:
+        config_to_hf(config.model, TokenIds())  # every checkpoint holds its config.json, so it must have one
     _check_folder(config, resume)
     if switches.check and config.save.out:
         check_lock(Path(config.save.out))

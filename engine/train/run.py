@@ -115,7 +115,7 @@ class _Session:
         self.engine = Engine(job.config, mesh, job.device, job.dtype, job.kernels)
         self.origin = self._start()
         self.feed = make_feed(job, mesh, self.origin)
-        self.assets = self._assets() if place.rank == 0 else {}
+        self.assets = self._assets() if place.rank == 0 and self.out is not None else {}
 
     def say(self, line: str) -> None:
         """A line of the start-up report; rank 0 speaks."""
