@@ -6,16 +6,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from engine.config import RunConfig
 from engine.data import open_samples
 from engine.data.batches import PretrainBatches, read
+from engine.data.blend import parse_spec
 from engine.data.fingerprint import Fingerprint, of_corpora
+from engine.data.indexed import one_corpus_twice
 from engine.data.samples import Samples
 from engine.errors import UserError
 from engine.mesh import Mesh
 from engine.train.entry import enter
 from engine.train.job import Job
+from engine.train.launch import place_from_environment
+from engine.train.prove_data import prove_data
 from engine.train.run import Feed
+
+_CPU = torch.device("cpu")
 
 
 def main(argv: Sequence[str], recipe: Sequence[str] = ()) -> int:
@@ -34,12 +42,16 @@ def check_data(config: RunConfig) -> Fingerprint:
                         "makes the demo corpus")
     _open(config, "train")
     _open(config, "valid")
+    if place_from_environment().world == 1:
+        _prove(config, None)  # nothing is written yet; several ranks do it when they can tell each other
     return of_corpora(data)
 
 
 def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
     """Samples of the corpus for training, the first ones of the held-back part for evaluation."""
     config = job.config
+    if place_from_environment().world > 1:
+        _prove(config, mesh, job.device)
     samples = _open(config, "train")
     assert samples is not None
     batches = PretrainBatches(samples, config.batch.global_batch, mesh.dp, mesh.size("dp"), origin,
@@ -50,10 +62,28 @@ def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
         valid = read(held, 0, min(config.save.eval_samples, held.epoch_size), config.data.mask_documents)
     epochs = config.batch.steps * config.batch.global_batch / samples.epoch_size
     kept = f"held back: {held.tokens:,} tokens" if held else "nothing held back"
+    if config.data.valid_data and _overlap(config):
+        kept += " of a corpus that is trained on too: their loss says nothing of new text"
     summary = (f"data: {samples.tokens:,} tokens, {samples.epoch_size:,} samples an epoch, {epochs:.2f} epochs in "
                f"{config.batch.steps} steps; {kept}"
                f"{'; attention within documents' if config.data.mask_documents else ''}")
     return Feed(batches, valid, summary)
+
+
+def _overlap(config: RunConfig) -> bool:
+    """Whether --valid-data and --data have a corpus in common, whatever the paths to it."""
+    specs = (config.data.data, config.data.valid_data)
+    return one_corpus_twice([prefix for spec in specs for prefix, _ in parse_spec(spec)]) is not None
+
+
+def _prove(config: RunConfig, mesh: Mesh | None, device: torch.device = _CPU) -> None:
+    """--verify-data: raises UserError unless the corpora hold the bytes that were written."""
+    if not config.data.verify_data:
+        return
+    place = place_from_environment()
+    prove_data([spec for spec in (config.data.data, config.data.valid_data) if spec], reads=place.local_rank == 0,
+               world=mesh.group("world") if mesh else None, device=device,
+               say=lambda line: print(line, flush=True) if place.rank == 0 else None)
 
 
 def _open(config: RunConfig, part: str) -> Samples | None:

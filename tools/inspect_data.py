@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Counts, lengths, one document, or a check of everything.")
     parser.add_argument("prefix", metavar="P", help="a corpus: P.bin and P.idx")
     parser.add_argument("--doc", type=int, metavar="N", help="show document N (the first is 0)")
-    parser.add_argument("--verify", action="store_true", help="check every pointer and every id")
+    parser.add_argument("--verify", action="store_true", help="check every pointer, id and byte (checksums of P.json)")
     parser.add_argument("--tokenizer", metavar="T", help="to show text, and to know the vocabulary")
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None

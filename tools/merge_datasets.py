@@ -22,7 +22,8 @@ def main(argv: list[str]) -> int:
     done = combine(args.input, args.output_prefix, args.overwrite)
     print(f"{args.output_prefix}: {done.documents:,} documents, {done.tokens:,} tokens of {len(args.input)} corpora")
     if not done.described:
-        print("not every corpus has a .json to tell its tokenizer, so none is written: make sure that they share one")
+        print("not every corpus has a .json to tell its tokenizer, so none is written: make sure that they share one "
+              "(and nothing proves the bytes of what was joined)")
     return 0
 
 

@@ -120,6 +120,8 @@ class DataConfig:
     """With --resume: go on with other data than the run was trained on, which is an error otherwise."""
     split: float = 0.0
     """Share of --data's documents (the last ones) held back for evaluation when --valid-data is not given."""
+    verify_data: bool = False
+    """Before the first step, read the corpora through and compare them with the checksums their .json files hold."""
     mask_documents: bool = False
     """In pretraining, a token attends to its own document only, not to those packed before it into the sample."""
     tokenizer: str = ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from engine.data.indexed import IndexedDataset, IndexedWriter, with_suffix
+from engine.data.checksum import FileSums, Summing
+from engine.data.facts import Facts, file_sums, read_facts
+from engine.data.indexed import IndexedDataset, IndexedWriter, one_corpus_twice, with_suffix
 from engine.errors import UserError
 
 _DOCUMENTS = 1 << 16  # looked at at a time
@@ -24,60 +26,41 @@ class Combined(NamedTuple):
     described: bool
 
 
-def read_facts(prefix: str) -> dict[str, Any] | None:
-    """PREFIX.json, which tells how a corpus was made; None where there is none (Megatron-LM writes none).
-
-    Raises UserError when it is of no use."""
-    path = with_suffix(prefix, ".json")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts, dict) or facts.get("format") != "triax-corpus":
-            raise ValueError('it has no "format": "triax-corpus"')
-        _check_facts(facts)
-        return facts
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} does not tell how the corpus was made: {error}") from None
-
-
-def _check_facts(facts: dict[str, Any]) -> None:
-    """Raises ValueError for what nobody can work with."""
-    for name, needed in (("tokenizer", ("vocab_size",)), ("counts", ("documents", "tokens"))):
-        part = facts.get(name)
-        if not isinstance(part, dict):
-            raise ValueError(f'it has no "{name}"')
-        for key in needed:
-            if not isinstance(part.get(key), int):
-                raise ValueError(f'"{name}" has no number "{key}"')
-    if not isinstance(facts["counts"].get("text_bytes", 0), int):
-        raise ValueError('"text_bytes" is no number')
-    inputs = facts.get("inputs") or []
-    whole = isinstance(inputs, list) and all(isinstance(one, dict) for one in inputs)
-    if not whole or not all(isinstance(one.get("size"), int) for one in inputs):
-        raise ValueError('"inputs" is no list of files with their sizes')
-
-
 def combine(prefixes: Sequence[str], output_prefix: str, overwrite: bool = False) -> Combined:
     """Writes the documents of all corpora, in the order given.
 
     Raises UserError for corpora of different vocabularies, a broken one, and an output that exists or is an input."""
+    _check_distinct(prefixes)
     corpora = [IndexedDataset(prefix) for prefix in prefixes]
     facts = [read_facts(prefix) for prefix in prefixes]
     _check_output(prefixes, output_prefix, overwrite)
     vocab_size = _check_alike(corpora, facts)
     with IndexedWriter(output_prefix, vocab_size, dtype=corpora[0].dtype) as writer:
-        for corpus in corpora:
+        for corpus, fact in zip(corpora, facts, strict=True):
+            sums = file_sums(fact)
+            if sums is not None:
+                deque(sums["idx"].read(corpus.idx_path), maxlen=0)
             corpus.verify_index()
-            _copy(corpus, writer)
+            _copy(corpus, writer, sums["bin"] if sums else None)
         whole = _facts(prefixes, facts, writer)
         writer.finish(whole)
     return Combined(writer.documents, writer.tokens, whole is not None)
 
 
+def _check_distinct(prefixes: Sequence[str]) -> None:
+    """Raises UserError where a corpus is given twice."""
+    twice = one_corpus_twice(prefixes)
+    if twice is not None:
+        first, second = twice
+        what = f"{second} is given twice" if first == second else f"{first} and {second} are one corpus"
+        raise UserError(f"{what}; its documents would be there twice. To train on a corpus more often, give it a "
+                        "larger weight in a blend: --data P:2,Q:1")
+
+
 def _check_output(prefixes: Sequence[str], output_prefix: str, overwrite: bool) -> None:
     for prefix in prefixes:
-        if Path(prefix).resolve() == Path(output_prefix).resolve():
+        same = one_corpus_twice([prefix, output_prefix])
+        if same is not None or Path(prefix).resolve() == Path(output_prefix).resolve():
             raise UserError(f"{prefix} is an input and would be overwritten; choose another --output-prefix")
     existing = [str(path) for suffix in (".bin", ".idx", ".json")
                 if (path := with_suffix(output_prefix, suffix)).exists()]
@@ -89,7 +72,7 @@ def _check_output(prefixes: Sequence[str], output_prefix: str, overwrite: bool) 
         raise UserError(f"cannot make the folder {Path(output_prefix).parent}: {error.strerror}") from None
 
 
-def _check_alike(corpora: Sequence[IndexedDataset], facts: Sequence[dict[str, Any] | None]) -> int | None:
+def _check_alike(corpora: Sequence[IndexedDataset], facts: Sequence[Facts | None]) -> int | None:
     """The size of the vocabulary that all share; None where one of them does not tell."""
     first = corpora[0]
     for corpus in corpora:
@@ -105,7 +88,9 @@ def _check_alike(corpora: Sequence[IndexedDataset], facts: Sequence[dict[str, An
     return int(known[0][1]["tokenizer"]["vocab_size"]) if len(known) == len(corpora) else None
 
 
-def _copy(corpus: IndexedDataset, writer: IndexedWriter) -> None:
+def _copy(corpus: IndexedDataset, writer: IndexedWriter, sums: FileSums | None) -> None:
+    """Raises UserError where the tokens copied are not those that `sums` vouch for: the copy would vouch for them."""
+    copied = Summing(sums.block_bytes) if sums else None
     index = corpus.document_index
     for at in range(0, corpus.documents, _DOCUMENTS):
         firsts = index[at : at + _DOCUMENTS + 1]  # the first sequence of each, and of the next
@@ -115,17 +100,22 @@ def _copy(corpus: IndexedDataset, writer: IndexedWriter) -> None:
         low = 0
         while low < len(firsts) - 1:
             high = max(low + 1, int(np.searchsorted(ends, ends[low] + _TOKENS, side="right")) - 1)
+            tokens = corpus.tokens[start + int(ends[low]) : start + int(ends[high])]
+            if copied is not None:
+                copied.update(tokens.data)
             writer.add_documents(
-                corpus.tokens[start + int(ends[low]) : start + int(ends[high])],
+                tokens,
                 sizes[int(firsts[low] - firsts[0]) : int(firsts[high] - firsts[0])],
                 np.diff(firsts[low : high + 1]),
             )
             low = high
+    if sums is not None and copied is not None:
+        sums.check_same(corpus.bin_path, copied.sums())
 
 
 def _facts(
-    prefixes: Sequence[str], facts: Sequence[dict[str, Any] | None], writer: IndexedWriter
-) -> dict[str, Any] | None:
+    prefixes: Sequence[str], facts: Sequence[Facts | None], writer: IndexedWriter
+) -> Facts | None:
     """P.json of the whole: what all share, and each part's own. None where a part has none: what nobody knows of it
     should not be claimed."""
     known = [fact for fact in facts if fact is not None]

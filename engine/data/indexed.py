@@ -9,18 +9,19 @@ The layout, byte for byte, is that of Megatron-LM's `megatron/core/datasets/inde
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
-import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 
+from engine.data.checksum import Summing
+from engine.data.claim import claim, remove, sync, sync_folder
+from engine.data.facts import write_facts
 from engine.data.files import Entries, ReadFile, Tokens, Watched
 from engine.errors import UserError
 
@@ -40,6 +41,18 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def with_suffix(prefix: str | Path, suffix: str) -> Path:
     """PREFIX + suffix. (`Path.with_suffix` would eat what follows a dot in the prefix's own name.)"""
     return Path(f"{prefix}{suffix}")
+
+
+def one_corpus_twice(prefixes: Sequence[str]) -> tuple[str, str] | None:
+    """Two of the prefixes that lead to one .bin: other spellings of a path, or links. None where there are none."""
+    seen: dict[tuple[int, int], int] = {}
+    for number, prefix in enumerate(prefixes):
+        with contextlib.suppress(OSError, ValueError):  # one that is not there is named by who opens it
+            stat = os.stat(with_suffix(prefix, ".bin"))
+            first = seen.setdefault((stat.st_dev, stat.st_ino), number)
+            if first != number:
+                return prefixes[first], prefix
+    return None
 
 
 class IndexedDataset:
@@ -248,6 +261,7 @@ class IndexedWriter:
         self._bin = open(self.folder / "bin", "wb")
         self._sizes = open(self.folder / "sizes", "wb")
         self._ends = open(self.folder / "ends", "wb")
+        self._sums = {"bin": Summing(), "idx": Summing()}
 
     def add_documents(
         self, ids: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray | None = None
@@ -261,7 +275,9 @@ class IndexedWriter:
         if lengths.size and int(lengths.max()) >= 1 << 31:
             raise UserError(f"a document of {int(lengths.max())} tokens; the format holds at most {(1 << 31) - 1}")
         per_document = np.ones(len(lengths), np.int64) if sequences_per_document is None else sequences_per_document
-        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
+        tokens = np.ascontiguousarray(ids, dtype=self.dtype).data
+        self._bin.write(tokens)
+        self._sums["bin"].update(tokens)
         self._sizes.write(lengths.astype("<i4").data)
         self._ends.write((self.sequences + np.cumsum(per_document)).astype("<i8").data)
         self.sequences += len(lengths)
@@ -273,7 +289,8 @@ class IndexedWriter:
         self.add_documents(ids, np.array([len(ids)]))
 
     def finish(self, info: Mapping[str, Any] | None = None) -> None:
-        """Puts PREFIX.bin, PREFIX.idx and, when info is given, PREFIX.json in place, in that order."""
+        """Puts PREFIX.bin, PREFIX.idx and, when info is given, PREFIX.json in place, in that order. To what info tells
+        the checksums of both files are added, as they were taken while the files were written."""
         for file in (self._bin, self._sizes, self._ends):
             sync(file)
             file.close()
@@ -283,8 +300,7 @@ class IndexedWriter:
         if info is not None:
             # A file's name that is not UTF-8 becomes the escape that JSON has for it.
             with open(self.folder / "json", "w", encoding="utf-8", errors="backslashreplace") as text:
-                json.dump(info, text, ensure_ascii=False, indent=2)
-                text.write("\n")
+                write_facts(text, info, {name: summing.sums() for name, summing in self._sums.items()})
                 sync(text)
         # An index beside another corpus' tokens would be worse than none: the old one goes before anything comes.
         for suffix in (".json", ".idx"):
@@ -295,19 +311,25 @@ class IndexedWriter:
         self.abort()
 
     def _write_index(self, idx: IO[bytes]) -> None:
-        idx.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self.sequences, self.documents + 1))
+        for part in self._index_parts():
+            idx.write(part)
+            self._sums["idx"].update(part)
+
+    def _index_parts(self) -> Iterator[bytes | memoryview]:
+        """The index' bytes, from its first to its last."""
+        yield _HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self.sequences, self.documents + 1)
         with open(self.folder / "sizes", "rb") as sizes:
-            shutil.copyfileobj(sizes, idx, _BLOCK)
+            yield from iter(partial(sizes.read, _BLOCK), b"")
         offset = 0
         sizes_on_disk = _map(self.folder / "sizes", np.dtype("<i4"))
         for at in range(0, self.sequences, _BLOCK):
             nbytes = sizes_on_disk[at : at + _BLOCK].astype(np.int64) * self.dtype.itemsize
             ends = offset + np.cumsum(nbytes)
-            idx.write((ends - nbytes).astype("<i8").data)
+            yield (ends - nbytes).astype("<i8").data
             offset = int(ends[-1])
-        idx.write(struct.pack("<q", 0))
+        yield struct.pack("<q", 0)
         with open(self.folder / "ends", "rb") as ends_file:
-            shutil.copyfileobj(ends_file, idx, _BLOCK)
+            yield from iter(partial(ends_file.read, _BLOCK), b"")
 
     def abort(self) -> None:
         """Removes everything not yet in place."""
@@ -324,57 +346,3 @@ class IndexedWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.abort()
-
-
-def claim(folder: Path, clear: bool = True) -> IO[bytes]:
-    """Creates the folder, or takes over one whose run has died, removing what that left if `clear`; the lock is held
-    until the file is closed. Raises UserError when it cannot be written, another run holds it, or it is none of ours,
-    which a file "lock" would show."""
-    try:
-        folder.mkdir(exist_ok=True)
-        if not (folder / "lock").exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is where a run does its work, and holds other files, which would be lost; "
-                            "move them or choose another output prefix")
-        lock = open(folder / "lock", "wb")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.parent}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock.fileno()).st_nlink == 0:
-            raise BlockingIOError  # the run that held it has ended since we opened it, and removed the folder
-    except OSError as error:
-        lock.close()
-        raise UserError(f"another run is writing {folder}; wait for it or choose another output prefix") from error
-    if clear:
-        empty(folder, "lock")
-    return lock
-
-
-def empty(folder: Path, *kept: str) -> None:
-    """Removes what a folder holds but for the names in `kept`. Raises OSError."""
-    for left in folder.iterdir():
-        if left.name not in kept:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def remove(folder: Path) -> None:
-    """Removes a folder that `claim` gave; the lock goes last, since without it nobody would know what it is. Raises
-    OSError."""
-    empty(folder, "lock")
-    (folder / "lock").unlink()
-    folder.rmdir()
-
-
-def sync(file: IO[Any]) -> None:
-    """Brings what was written to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from engine.data.combine import read_facts
-from engine.data.indexed import IndexedDataset
+from engine.data.facts import Facts, file_sums, read_facts, why_unproven
+from engine.data.indexed import IndexedDataset, check_ids
+from engine.data.progress import Progress
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ def overview(prefix: str) -> list[str]:
     return [*lines, *_histogram(corpus)]
 
 
-def _made(facts: dict, tokens: int) -> Iterator[str]:
+def _made(facts: Facts, tokens: int) -> Iterator[str]:
     tokenizer, counts = facts["tokenizer"], facts["counts"]
     yield (f"vocabulary of {tokenizer.get('vocab_size'):,}, hash {str(tokenizer.get('hash'))[:12]}, "
            f"end of document {facts.get('eod_id')}")
@@ -101,14 +102,33 @@ def verify(prefix: str, tokenizer: Tokenizer | None) -> str:
     if tokenizer is not None:
         _check_tokenizer(prefix, tokenizer)
     size = tokenizer.vocab_size if tokenizer else facts["tokenizer"].get("vocab_size") if facts else None
-    corpus.verify(size)
+    proof = _verify_bytes(corpus, facts, size)
     if facts is not None:
         found = {"documents": corpus.documents, "tokens": len(corpus.tokens)}
         told = {name: facts["counts"].get(name) for name in found}
         if told != found:
             raise UserError(f"{prefix}.json tells of {told}, the files hold {found}: they do not belong together")
     known = f"every id is below {size:,}" if size else "no id is negative (which vocabulary they are of is not known)"
-    return f"verified: {len(corpus.sizes):,} pointers and {len(corpus.tokens):,} ids; {known}"
+    return f"verified: {len(corpus.sizes):,} pointers and {len(corpus.tokens):,} ids; {known}; {proof}"
+
+
+def _verify_bytes(corpus: IndexedDataset, facts: Facts | None, vocab_size: int | None) -> str:
+    """Reads both files once; says what proves their bytes. Raises UserError."""
+    sums = file_sums(facts)
+    if sums is None:
+        corpus.verify(vocab_size)
+        return f"nothing proves the bytes: {why_unproven(corpus.prefix, facts)}"
+    with Progress(sums["idx"].size + sums["bin"].size) as progress:
+        for block in sums["idx"].read(corpus.idx_path):
+            progress.add(len(block), 0)
+        corpus.verify_index()
+        token = 0
+        for block in sums["bin"].read(corpus.bin_path):
+            ids = np.frombuffer(block, corpus.dtype)
+            check_ids(ids, vocab_size, f"{corpus.bin_path}, from token {token}")
+            token += len(ids)
+            progress.add(len(block), 0)
+    return "every byte of both files matches its checksum"
 
 
 def _check_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:

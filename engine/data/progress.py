@@ -48,9 +48,10 @@ class Progress:
         seconds = max(now - self._begun, 1e-9)
         left = (self._total - done_bytes) / max(done_bytes / seconds, 1e-9)
         ending = f"  {left:,.0f} s left" if done_bytes and self._bar is None else ""
+        counted = f"  {documents:,} documents  {documents / seconds:,.0f} documents/s" if documents else ""
         return (
-            f"{done_bytes / self._total:.1%}  {done_bytes / 1e6:,.1f} MB  {done_bytes / 1e6 / seconds:,.1f} MB/s  "
-            f"{documents:,} documents  {documents / seconds:,.0f} documents/s{ending}"
+            f"{done_bytes / self._total:.1%}  {done_bytes / 1e6:,.1f} MB  {done_bytes / 1e6 / seconds:,.1f} MB/s"
+            f"{counted}{ending}"
         )
 
     def __enter__(self) -> Progress:

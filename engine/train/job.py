@@ -26,7 +26,7 @@ from engine.train.launch import Place, choose_device
 from engine.train.lock import check_lock
 
 Values = dict[str, Any]
-ONE_RUN = ("stop_after", "resume", "out", "new_data")
+ONE_RUN = ("stop_after", "resume", "out", "new_data", "verify_data")
 """What was asked of the run that wrote a checkpoint, and not of the one that resumes it."""
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data import combine as room
+from engine.data.blend import parse_spec
 from engine.data.combine import combine
 from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.overview import document_lengths, overview, show_document, verify
@@ -104,7 +105,7 @@ def test_joined_corpora_have_all_documents_in_order(
     assert IndexedDataset(folder / "all").documents == sum(map(len, parts))
     facts = json.loads((folder / "all.json").read_text())
     assert facts["tokenizer"] == FACTS["tokenizer"] and len(facts["parts"]) == len(parts)
-    assert verify(str(folder / "all"), None).endswith("every id is below 100")
+    assert "every id is below 100; every byte of both files matches" in verify(str(folder / "all"), None)
 
 
 def test_corpora_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -134,8 +135,31 @@ def test_a_corpus_that_does_not_tell_its_tokenizer_makes_one_that_does_not(tmp_p
     assert documents_of(tmp_path / "all") == [[1], [50]] and not (tmp_path / "all.json").exists()
 
 
+def test_a_corpus_is_not_joined_with_itself_nor_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever leads to it: the same words, another spelling, links to its files or to their folder."""
+    (tmp_path / "real").mkdir()
+    one = corpus(tmp_path / "real" / "one", [[[1]], [[2, 3]]], FACTS)
+    other = corpus(tmp_path / "other", [[[1]]], FACTS)
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"soft{suffix}").symlink_to(f"{one}{suffix}")
+        (tmp_path / f"hard{suffix}").hardlink_to(f"{one}{suffix}")
+    (tmp_path / "folder").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    spellings = [one, "real/one", "./real/../real/one", "real//one", "folder/one", "soft", "hard"]
+    for spelling in spellings:
+        message = "is given twice" if spelling == one else "are one corpus"
+        with pytest.raises(UserError, match=message):
+            combine([str(one), str(other), str(spelling)], "all")
+        with pytest.raises(UserError, match="is named twice|are one corpus; name it once"):
+            parse_spec(f"{one}:1,{other}:1,{spelling}:2")
+        with pytest.raises(UserError, match="is an input and would be overwritten"):
+            combine([str(other), str(one)], str(spelling), overwrite=True)
+    assert not list(tmp_path.glob("all*"))
+    assert [prefix for prefix, _ in parse_spec(f"{one}:1,{other}:1")] == [str(one), str(other)]
+
+
 def test_a_broken_index_is_not_copied(tmp_path: Path) -> None:
-    one = corpus(tmp_path / "one", [[[1, 2]], [[3]], [[4, 5, 6]]], FACTS)
+    one = corpus(tmp_path / "one", [[[1, 2]], [[3]], [[4, 5, 6]]])
     raw = bytearray((tmp_path / "one.idx").read_bytes())
     raw[34 + 12 + 8] += 2  # the second sequence's byte offset
     (tmp_path / "one.idx").write_bytes(raw)
@@ -154,6 +178,7 @@ def test_a_broken_index_is_not_copied(tmp_path: Path) -> None:
 def test_facts_that_are_none_are_one_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
     one = corpus(tmp_path / "one", [[[1, 2]], [[3]], [[4, 5, 6]]], FACTS)
     facts = json.loads((tmp_path / "one.json").read_text())
+    facts = {name: value for name, value in facts.items() if name not in ("files", "crc32")}
     (tmp_path / "one.json").write_text(json.dumps(facts | change))
     for work in (lambda: overview(str(one)), lambda: combine([str(one)], str(tmp_path / "all"))):
         with pytest.raises(UserError, match=message):
@@ -201,12 +226,16 @@ def test_a_document_is_shown_as_tokens_and_safe_text(tmp_path: Path, vocabulary:
 
 
 def test_verify_finds_ids_outside_and_facts_of_another_corpus(tmp_path: Path) -> None:
-    corpus(tmp_path / "c", [[[1, 99]]], FACTS)
+    """Of a time without checksums, which would find both."""
+    for name, documents in (("c", [[[1, 99]]]), ("d", [[[1]]])):
+        corpus(tmp_path / name, documents, FACTS)
+        facts = json.loads((tmp_path / f"{name}.json").read_text())
+        del facts["files"], facts["crc32"]
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts))
     with open(tmp_path / "c.bin", "r+b") as file:
         file.write(b"\x64")
     with pytest.raises(UserError, match="token id 100 is outside the vocabulary of 100"):
         verify(str(tmp_path / "c"), None)
-    corpus(tmp_path / "d", [[[1]]], FACTS)
     (tmp_path / "c.json").write_bytes((tmp_path / "d.json").read_bytes())
     (tmp_path / "c.bin").write_bytes(b"\1\0\2\0")
     with pytest.raises(UserError, match="they do not belong together"):
@@ -227,7 +256,8 @@ def test_the_tools_print_and_exit(tmp_path: Path, vocabulary: str) -> None:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     corpus(tmp_path / "one", [[[1]], [[2, 3]]], FACTS)
-    done = tool("merge_datasets.py", "--input", "one", "one", "--output-prefix", "two")
+    corpus(tmp_path / "more", [[[1]], [[2, 3]]], FACTS)
+    done = tool("merge_datasets.py", "--input", "one", "more", "--output-prefix", "two")
     assert done.stdout == "two: 4 documents, 6 tokens of 2 corpora\n" and done.returncode == 0
     done = tool("inspect_data.py", "two", "--verify")
     assert done.returncode == 0 and "two: 4 documents" in done.stdout and "verified: 4 pointers" in done.stdout

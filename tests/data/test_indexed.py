@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.indexed import IndexedDataset, IndexedWriter, claim, remove, token_dtype
+from engine.data.claim import claim, remove
+from engine.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from engine.errors import UserError
 
 HEADER = struct.Struct("<9sQBQQ")

@@ -20,7 +20,8 @@ import pytest
 import sentencepiece
 
 from engine.data import preprocess as room
-from engine.data.indexed import IndexedDataset, claim
+from engine.data.claim import claim
+from engine.data.indexed import IndexedDataset
 from engine.data.inputs import ReadOptions, find_sources, read_span
 from engine.data.inputs.read import open_meter
 from engine.data.pipeline import merge, team

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from engine.data import preprocess as room
-from engine.data.indexed import IndexedDataset, claim
+from engine.data.claim import claim
+from engine.data.indexed import IndexedDataset
 from engine.data.pipeline import shard
 from engine.data.preprocess import Counts, Settings, prepare
 from engine.errors import UserError

@@ -19,7 +19,7 @@ from engine.data.pipeline.steps import parse_cleaning, parse_rules
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 """Of the shards. A change in what they hold makes another job of the same settings."""
 
 

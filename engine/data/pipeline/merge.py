@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Merge:
         self.job, self.shards, self.memory = job, shards, memory
         self.units, self.dtype = job.units(), np.dtype(job.dtype)
         self.dropped: Dropped | None = None
+        self._checked: set[tuple[int, str]] = set()
         self.report = Report()
         """Of the quality rules, where there are any."""
 
@@ -165,10 +167,19 @@ class Merge:
                 for count, one, every in zip(counts, alone, whole, strict=True)]
 
     def _part(self, number: int, part: str, dtype: str) -> np.ndarray:
+        """A file of a shard; its bytes are compared with their checksum the first time it is looked at. Raises
+        UserError."""
         path = self.shards.path(number, part)
         if path.stat().st_size == 0:
             return np.empty(0, dtype)  # an empty file cannot be mapped
-        return np.memmap(path, dtype=np.dtype(dtype), mode="r").view(np.ndarray)
+        found = np.memmap(path, dtype=np.dtype(dtype), mode="r").view(np.ndarray)
+        if (number, part) not in self._checked:
+            if zlib.crc32(found.data) != self.shards.about(number)["crc32"].get(part, 0):
+                self.shards.undo(number)
+                raise UserError(f"{path} does not match its checksum: the disk has damaged it; the same command makes "
+                                "that part again")
+            self._checked.add((number, part))
+        return found
 
 
 def in_batches(tokens: np.ndarray, lengths: np.ndarray) -> Iterator[Batch]:

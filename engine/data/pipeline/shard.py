@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -50,6 +51,8 @@ class Shard:
     """Of the quality rules; a sample's place is "span:line"."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of the shard's files."""
+    crc32: dict[str, int] = field(default_factory=dict)
+    """Of each file's bytes, taken while they were written: the merge compares them, maybe days later."""
 
 
 class ShardMaker:
@@ -81,7 +84,9 @@ class ShardMaker:
                 files = {part: stack.enter_context(open(path, "wb")) for part, path in drafts.items()}
                 for arrays in self._batches(self.units[number], shard, told):
                     for part, array in arrays.items():
-                        files[part].write(np.ascontiguousarray(array).data)
+                        content = np.ascontiguousarray(array).data
+                        files[part].write(content)
+                        shard.crc32[part] = zlib.crc32(content, shard.crc32.get(part, 0))
                 shard.sizes = {part: file.tell() for part, file in files.items()}
             self.shards.write_about(number, asdict(shard))
         except ConnectionError:

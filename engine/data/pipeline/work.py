@@ -11,12 +11,14 @@ import contextlib
 import json
 import os
 import secrets
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from engine.data.indexed import claim, empty, remove, sync, sync_folder, with_suffix
+from engine.data.claim import claim, empty, remove, sync, sync_folder
+from engine.data.indexed import with_suffix
 from engine.data.pipeline.job import Job
 from engine.errors import UserError
 
@@ -36,8 +38,10 @@ class Shards:
         return self.folder / f"{unit:07d}.{part}.{self.token}.{pid or os.getpid()}"
 
     def write_about(self, unit: int, about: Mapping[str, Any]) -> None:
-        """Writes the draft of a shard's JSON, in ASCII: names of files may have no UTF-8. Raises OSError."""
-        self.draft(unit, "json").write_text(json.dumps(about), encoding="ascii")
+        """Writes the draft of a shard's JSON, in ASCII: names of files may have no UTF-8; its crc32 is a second line.
+        Raises OSError."""
+        text = json.dumps(about)
+        self.draft(unit, "json").write_text(f"{text}\n{zlib.crc32(text.encode('ascii'))}\n", encoding="ascii")
 
     def publish(self, unit: int, parts: Sequence[str], pid: int | None = None) -> None:
         """Puts a shard in place that process `pid` has written: its files are on the disk before the JSON that vouches
@@ -68,15 +72,22 @@ class Shards:
 
     def about(self, unit: int) -> dict[str, Any]:
         """A finished shard's JSON."""
-        return json.loads(self.path(unit, "json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(self.path(unit, "json").read_bytes().splitlines()[0])  # type: ignore[no-any-return]
 
     def finished(self, unit: int) -> bool:
-        """Whether a shard is whole: its JSON is there and its files have the sizes it tells."""
+        """Whether a shard is whole: its JSON is there as it was written, and its files have the sizes it tells."""
         try:
+            text, crc = self.path(unit, "json").read_bytes().splitlines()
+            if zlib.crc32(text) != int(crc):
+                return False
             sizes = self.about(unit)["sizes"]
             return all(self.path(unit, part).stat().st_size == size for part, size in sizes.items())
         except (OSError, ValueError, KeyError, AttributeError):
             return False
+
+    def undo(self, unit: int) -> None:
+        """Makes a shard one that is not finished."""
+        self.path(unit, "json").unlink(missing_ok=True)
 
     def count(self) -> int:
         """The number of shards in place."""
