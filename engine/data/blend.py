@@ -21,6 +21,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from engine.data.indexed import one_corpus_twice
 from engine.errors import UserError
 
 _IMPROVED = 16  # corpora; the time to find a better tree grows with the fourth power of their number
@@ -77,6 +78,10 @@ def parse_spec(spec: str) -> list[tuple[str, Fraction]]:
         if prefix in (other for other, _ in named):
             raise UserError(f'{prefix} is named twice in the blend "{spec}"; add its weights up')
         named.append((prefix, _weight(weight, prefix)))
+    twice = one_corpus_twice([prefix for prefix, _ in named])
+    if twice is not None:
+        raise UserError(f'{twice[0]} and {twice[1]} in the blend "{spec}" are one corpus; name it once and add its '
+                        "weights up")
     return named
 
 

@@ -81,14 +81,16 @@ def find_sources(inputs: Sequence[str], encoding: str = "utf-8") -> list[Source]
     pattern or folder without any, a file given twice, and an unknown encoding."""
     codec = _codec(encoding)
     sources: list[Source] = []
-    seen: dict[str, str] = {}
+    seen: dict[tuple[int, int], Source] = {}
     for given in inputs:
         for path in _expand(given):
-            real = os.path.realpath(path)
-            if real in seen:
-                raise UserError(f"{path} is given twice (by {seen[real]} and by {given}); its documents would be too")
-            seen[real] = given
-            sources.append(_source(path, codec))
+            source = _source(path, codec)
+            stat = os.stat(path)
+            first = seen.setdefault((stat.st_dev, stat.st_ino), source)
+            if first is not source:
+                also = f" and {first.path} are one file" if first.path != path else " is given twice"
+                raise UserError(f"{path}{also}; its documents would be there twice")
+            sources.append(source)
     return sources
 
 
