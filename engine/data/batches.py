@@ -13,11 +13,17 @@ class Batch:
     """tokens and labels [sequences, seq], int64; label i is the token after token i, or -100 where not supervised.
 
     begins [sequences, seq], bool: where a document begins, for attention that stays within documents; None where it
-    does not."""
+    does not.
+    lengths [sequences], int64: how many tokens of each sequence come before its padding; None where none is padded."""
 
     tokens: np.ndarray
     labels: np.ndarray
     begins: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+
+    def own_lengths(self) -> np.ndarray:
+        """Tokens of each sequence, padding left out, int64 [sequences]."""
+        return np.full(len(self.tokens), self.tokens.shape[1], np.int64) if self.lengths is None else self.lengths
 
     def cumulative(self, micro_batch: int, padded: int) -> list[np.ndarray] | None:
         """For each micro-batch the cumulative lengths of its documents over its flattened tokens, int32 [documents +
@@ -83,5 +89,6 @@ def share_of(batch: Batch, dp_rank: int, dp: int) -> Batch:
     tokens = np.pad(batch.tokens, ((0, more), (0, 0)))
     labels = np.pad(batch.labels, ((0, more), (0, 0)), constant_values=-100)
     begins = None if batch.begins is None else np.pad(batch.begins, ((0, more), (0, 0)))
+    lengths = np.pad(batch.own_lengths(), (0, more))
     rows = slice(dp_rank * len(tokens) // dp, (dp_rank + 1) * len(tokens) // dp)
-    return Batch(tokens[rows], labels[rows], None if begins is None else begins[rows])
+    return Batch(tokens[rows], labels[rows], None if begins is None else begins[rows], lengths[rows])

@@ -41,6 +41,13 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
         model.layers * layer_attention(model, seq_len))
 
 
+def flops_of(model: ModelConfig, tokens: int, squares: int) -> float:
+    """FLOPs of training on sequences of any lengths, as flops_per_token counts them: `tokens` is the sum of the
+    lengths, `squares` the sum of their squares."""
+    each = flops_per_token(model, 0)
+    return each * tokens + (flops_per_token(model, 1) - each) * squares
+
+
 def layer_matrices(model: ModelConfig) -> int:
     """Parameters of one layer's matrices."""
     attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_heads)

@@ -18,14 +18,16 @@ import torch
 
 @dataclass
 class StepRecord:
-    """What is known of a step. Times in seconds, memory in bytes (the peak of rank 0's device or process); `crc` is a
-    checksum of the tokens the step read."""
+    """What is known of a step. `tokens` are the global batch's without padding, `supervised` those that the loss is
+    taken on. Times in seconds, memory in bytes (the peak of rank 0's device or process); `crc` is a checksum of the
+    tokens the step read."""
 
     step: int
     loss: float
     lr: float
     grad_norm: float
     tokens: int
+    supervised: int
     tokens_per_s: float
     mfu: float | None
     step_s: float
@@ -136,8 +138,9 @@ class Console:
 
     def text(self, record: StepRecord) -> str:
         """`step 20/200 | loss 5.1234 | ...`."""
+        learned = f" ({record.supervised / record.tokens:.0%} learned)" if record.supervised < record.tokens else ""
         parts = [f"step {record.step}/{self.steps}", f"loss {record.loss:.4f}", f"lr {record.lr:.2e}",
-                 f"grad norm {record.grad_norm:.3f}", f"{record.tokens_per_s:,.0f} tokens/s",
+                 f"grad norm {record.grad_norm:.3f}", f"{record.tokens_per_s:,.0f} tokens/s{learned}",
                  f"{record.step_s:.3f} s/step", f"data {record.data_s * 1e3:.1f} ms",
                  f"memory {record.memory / 2**30:.2f} GiB"]
         if record.mfu is not None:

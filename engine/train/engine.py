@@ -29,12 +29,16 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step computed, the same on every rank. `stop` is set when any rank was asked to stop."""
+    """What one step computed, the same on every rank. `stop` is set when any rank was asked to stop. Of the global
+    batch, padding left out: `tokens`, how many of them are `supervised`, and `squares`, the sum of each sequence's
+    length times itself, to which the work of attention is proportional."""
 
     loss: float
     grad_norm: float
     lr: float
+    tokens: int
     supervised: int
+    squares: int
     crc: int
     stop: bool
 
@@ -86,7 +90,7 @@ class Engine:
     def train_step(self, batch: Batch, stop: bool = False) -> StepResult:
         """One optimizer step on this rank's part of the global batch. Raises UserError when nothing is supervised."""
         tokens, labels = self._tensors(batch)
-        total = self._supervised(labels)
+        total, read, squares = self._counts(batch, labels)
         if total == 0:
             raise UserError(f"step {self.step + 1}: no token of the global batch is supervised; look at the labels")
         loss_sum = self.executor.train(tokens, labels, self.config.batch.micro_batch, total,
@@ -95,7 +99,7 @@ class Engine:
         loss, crc, stops = self._report(loss_sum, crc_of(batch), stop)
         norm = self.optimizer.step(lr) if math.isfinite(loss) else math.nan
         self.step += 1
-        return StepResult(loss / total, norm, lr, total, crc, stops)
+        return StepResult(loss / total, norm, lr, read, total, squares, crc, stops)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the supervised tokens of all batches of all dp ranks."""
@@ -103,7 +107,7 @@ class Engine:
         total = 0
         for batch in batches:
             tokens, labels = self._tensors(batch)
-            total += self._supervised(labels)
+            total += self._counts(batch, labels)[0]
             loss += self.executor.evaluate(tokens, labels, self.config.batch.micro_batch,
                                            self._documents(batch, tokens.shape[1]))
         return self._report(loss, 0, False)[0] / max(1, total)
@@ -122,13 +126,17 @@ class Engine:
         found = batch.cumulative(self.config.batch.micro_batch, padded)
         return None if found is None else [torch.from_numpy(a).to(self.device, non_blocking=True) for a in found]
 
-    def _supervised(self, labels: torch.Tensor) -> int:
-        """Supervised tokens of the global batch; counted before the backward pass, which divides by it."""
-        count = (labels != IGNORE).sum()
+    def _counts(self, batch: Batch, labels: torch.Tensor) -> tuple[int, int, int]:
+        """(supervised tokens, tokens, squares) of the global batch, as in StepResult; summed over dp in one message,
+        before the backward pass, which divides by the first."""
+        lengths = batch.own_lengths()
+        read = labels.new_tensor([int(lengths.sum()), int((lengths * lengths).sum())])
+        counts = torch.cat([(labels != IGNORE).sum().view(1), read])
         dp = self.mesh.group("dp")
         if dp is not None:
-            dp.all_reduce_(count)
-        return int(count)
+            dp.all_reduce_(counts)
+        supervised, tokens, squares = counts.tolist()
+        return supervised, tokens, squares
 
     def _report(self, loss: torch.Tensor, crc: int, stop: bool) -> tuple[float, int, bool]:
         """Sums over the world, in one message: the loss (the last stage's, once a tp group), the samples' checksum

@@ -9,6 +9,7 @@ from types import FrameType
 
 from engine.data.batches import Batches
 from engine.data.prefetch import Prefetch
+from engine.plan import flops_of
 from engine.train.callbacks import Callback, StepRecord, peak_memory
 from engine.train.engine import Engine, StepResult
 from engine.train.launch import Diverged
@@ -32,7 +33,7 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
           stop: StopRequest) -> bool:
     """Trains from `engine.step` to the last step; returns False when a signal ended the run early.
 
-    `mfu` turns tokens per second into the share of the machine's peak. Raises Diverged before a weight moves when the
+    `mfu` turns FLOP/s into the share of the machine's peak. Raises Diverged before a weight moves when the
     loss or the gradient norm is not finite.
     """
     config = engine.config.batch
@@ -46,7 +47,7 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
             if not result.finite:
                 raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight "
                                "has moved. Lower --lr, lengthen --warmup, or look at the data of this step")
-            record = _record(engine, result, batch.tokens.shape[1], time.perf_counter() - start, waited, mfu)
+            record = _record(engine, result, time.perf_counter() - start, waited, mfu)
             last = result.stop or engine.step == final
             for callback in callbacks:
                 callback.after_step(record, last)
@@ -55,10 +56,10 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
     return True
 
 
-def _record(engine: Engine, result: StepResult, seq: int, seconds: float, waited: float,
+def _record(engine: Engine, result: StepResult, seconds: float, waited: float,
             mfu: Callable[[float], float | None]) -> StepRecord:
-    tokens = engine.config.batch.global_batch * seq
-    rate = tokens / seconds
-    return StepRecord(step=engine.step, loss=result.loss, lr=result.lr, grad_norm=result.grad_norm, tokens=tokens,
-                      tokens_per_s=rate, mfu=mfu(rate), step_s=seconds, data_s=waited,
-                      memory=peak_memory(engine.device), crc=result.crc)
+    flops = flops_of(engine.config.model, result.tokens, result.squares)
+    return StepRecord(step=engine.step, loss=result.loss, lr=result.lr, grad_norm=result.grad_norm,
+                      tokens=result.tokens, supervised=result.supervised, tokens_per_s=result.tokens / seconds,
+                      mfu=mfu(flops / seconds), step_s=seconds, data_s=waited, memory=peak_memory(engine.device),
+                      crc=result.crc)

@@ -202,12 +202,12 @@ class _Session:
         if self.place.world > 1:
             dist.barrier()
 
-    def _mfu(self, tokens_per_s: float) -> float | None:
+    def _mfu(self, flops_per_s: float) -> float | None:
         """Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B), where the device's peak is known."""
         peak = self.job.config.runtime.peak_tflops * 1e12 or None
         if peak is None and self.job.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(self.job.device), self.job.dtype)
-        return tokens_per_s * self.job.plan.flops_per_token / (peak * self.place.world) if peak else None
+        return flops_per_s / (peak * self.place.world) if peak else None
 
     def _report(self) -> None:
         """Everything derived, before the first step."""

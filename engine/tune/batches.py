@@ -92,12 +92,13 @@ class ChatBatches:
         """These rows, padded to `longest` rounded up."""
         shape = (len(rows), -(-longest // self.multiple) * self.multiple)
         tokens, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        lengths = self._starts[rows + 1] - self._starts[rows] - 1
         for i, row in enumerate(rows):
             ids = self._ids[self._starts[row] : self._starts[row + 1]]
             learned = self._learned[self._starts[row] + 1 : self._starts[row + 1]]
             tokens[i, : len(ids) - 1] = ids[:-1]
             labels[i, : len(ids) - 1] = np.where(learned, ids[1:], IGNORE)
-        return Batch(tokens, labels)
+        return Batch(tokens, labels, lengths=lengths)
 
     def summary(self) -> str:
         """One line for the start of a run."""

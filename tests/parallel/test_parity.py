@@ -179,6 +179,31 @@ def run_lengths(rank: int, world: int, flags: str) -> list[float]:
     return losses
 
 
+def test_counted_tokens_leave_padding_out_and_are_the_same_for_every_layout(ranks: Any) -> None:
+    counts = [ranks(world, run_padded, flags=f"{toys.MODELS['llama']} {flags}")
+              for world, flags in ((1, ""), (2, ""), (4, "--tp 2 --pp 2 --sequence-parallel"))]
+    lengths = [5 + n for n in range(4)]
+    wanted = (sum(lengths), sum(n - 2 for n in lengths), sum(n * n for n in lengths))
+    assert [tuple(count) for world in counts for count in world] == [wanted] * 7
+
+
+def run_padded(rank: int, world: int, flags: str) -> list[int]:
+    """On a rank: what a step counts when row n has 5 + n tokens, the first two not learned, and padding up to 15."""
+    import numpy as np
+
+    from engine.data.batches import Batch, share_of
+
+    engine = toys.make_engine(toys.make_config(flags), rank, world)
+    whole = toys.make_batch(engine.config, 0, 0, 1)
+    lengths = 5 + np.arange(len(whole.tokens))
+    labels = whole.tokens[:, 1:16].copy()
+    for row, length in zip(labels, lengths, strict=True):
+        row[:2], row[length:] = -100, -100
+    batch = Batch(whole.tokens[:, :15], labels, lengths=lengths)
+    result = engine.train_step(share_of(batch, engine.mesh.dp, engine.mesh.size("dp")))
+    return [result.tokens, result.supervised, result.squares]
+
+
 def test_evaluation_is_the_same(ranks: Any) -> None:
     values = [ranks(world, run_evaluation, flags=f"{toys.MODELS['llama']} {flags}")[0]
               for world, flags in ((1, ""), (4, "--tp 2 --pp 2"), (4, "--pp 2"))]

@@ -17,7 +17,7 @@ from engine.model import Decoder, Parts, stage_layers
 from engine.parallel.buckets import GradientBuckets
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.optimizer import ShardedAdamW
-from engine.plan import available_memory, estimate, flops_per_token, parameters, peak_flops, require_memory
+from engine.plan import available_memory, estimate, flops_of, flops_per_token, parameters, peak_flops, require_memory
 from engine.plan.fit import main_memory, states_at_least
 from engine.plan.trace import Live, Tracer
 
@@ -179,6 +179,13 @@ def test_flops_are_those_torch_counts(flags: str) -> None:
     causal = config.model.layers * 2 * config.model.heads * config.model.head_dim * batch.seq_len
     counted = counter.get_total_flops() / (batch.micro_batch * batch.seq_len)
     assert 3 * (counted - causal) == flops_per_token(config.model, batch.seq_len)
+
+
+def test_flops_of_sequences_of_any_lengths() -> None:
+    model = config_of("--model 7b").model
+    lengths = [17, 300, 4096]
+    each = sum(n * flops_per_token(model, n) for n in lengths)
+    assert flops_of(model, sum(lengths), sum(n * n for n in lengths)) == pytest.approx(each, rel=1e-12)
 
 
 def test_flops_of_7b() -> None:
