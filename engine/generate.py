@@ -15,9 +15,9 @@ import torch
 from engine.checkpoint import Entry, TensorSource, load_weights, open_checkpoint, resolve
 from engine.config import ModelConfig
 from engine.config.flags import from_dict
-from engine.data.chat import END, ChatEncoder, Message
+from engine.data.chat import ChatEncoder, Message
 from engine.errors import UserError, run_cli
-from engine.hf import open_hf
+from engine.hf import open_hf, read_token_ids, token_ids
 from engine.kernels.dispatch import choose
 from engine.model import Decoder, Parts
 from engine.model.cache import LayerCache
@@ -182,6 +182,14 @@ def load_for_inference(path: str, dtype: torch.dtype, device: torch.device) -> t
     return model, config, tokenizer
 
 
+def stop_ids(path: str, tokenizer: Tokenizer) -> set[int]:
+    """Every id that ends an answer: those of the folder's generation_config.json (else of its config.json), the
+    tokenizer's end of a document, and the end of a chat turn."""
+    found = resolve(path)
+    folder = found.folder if found.kind == "hf" else found.folder / "hf"
+    return {*read_token_ids(folder).eos, *token_ids(tokenizer).eos}
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Raises UserError for what they cannot be."""
     parser = _Parser(prog="python -m engine.generate", description=__doc__, allow_abbrev=False)
@@ -214,7 +222,7 @@ def main(argv: list[str]) -> int:
     dtype = flags.dtype if flags.dtype != "auto" else ("bf16" if device.type == "cuda" else "fp32")
     model, _, tokenizer = load_for_inference(flags.load, _DTYPES[dtype], device)
     ids = ChatEncoder(tokenizer).prompt([Message("user", prompt)]) if flags.chat else begin(tokenizer, prompt)
-    stop = {end for end in (tokenizer.eos_id, tokenizer.token_id(END)) if end is not None}
+    stop = stop_ids(flags.load, tokenizer)
     tokens = generate(model, ids, max_tokens=flags.max_tokens, temperature=temperature, top_p=flags.top_p,
                       seed=flags.seed, stop_ids=stop, vocab_size=tokenizer.vocab_size)
     stream = TextStream(tokenizer, ids)

@@ -10,35 +10,35 @@ from typing import Any
 from engine.checkpoint.strict_json import parse_object, read_object
 from engine.config import ModelConfig
 from engine.data.chat import CHATML_TEMPLATE, END, START
-from engine.hf.config import config_to_hf, generation_config, token_ids
+from engine.hf.config import config_to_hf
+from engine.hf.serving import CONFIG, GENERATION, TEMPLATE, TOKENIZER_CONFIG, Origin, generation_config, token_ids
 from engine.tokenizer import Tokenizer
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
 COPIED = ("tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", TEMPLATE)
 """What a Hugging Face folder may hold of a tokenizer; copied byte for byte."""
 
 
 def assets_for(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str = "fp32",
-               template: str | None = None) -> Mapping[str, Path | bytes]:
+               template: str | None = None, origin: Origin | None = None) -> Mapping[str, Path | bytes]:
     """File name -> path or content of all that a serving folder needs beside the weights.
 
+    `origin` is what the folder of a loaded model said of serving it; that is kept, and the tokenizer's ids are added.
     `template` is the chat template the model was tuned with; it takes the place of the tokenizer's own. Otherwise the
     tokenizer's files are copied as they are. A vocabulary with ChatML's control pieces and no template of its own
     gets ChatML's, both in chat_template.jinja and in tokenizer_config.json (older readers know the latter alone).
     """
-    ids = token_ids(tokenizer)
-    found: dict[str, Path | bytes] = {"config.json": dump(config_to_hf(config, ids, dtype)),
-                                      "generation_config.json": dump(generation_config(ids))}
+    ids, origin = token_ids(tokenizer), origin or Origin()
+    found: dict[str, Path | bytes] = {CONFIG: dump({**config_to_hf(config, ids, dtype), **origin.config}),
+                                      GENERATION: dump(generation_config(ids, origin))}
     if tokenizer is None:
         return found
     found |= tokenizer.files
     own = TOKENIZER_CONFIG in tokenizer.files
     settings = read_object(tokenizer.files[TOKENIZER_CONFIG]) if own else _tokenizer_config(tokenizer)
     chat = all(tokenizer.token_id(piece) is not None for piece in (START, END))
-    if template is None and chat and "chat_template" not in settings and TEMPLATE not in tokenizer.files:
-        template = CHATML_TEMPLATE
+    if template is None and "chat_template" not in settings and TEMPLATE not in tokenizer.files:
+        template = origin.template or (CHATML_TEMPLATE if chat else None)
     if template is not None:
         found[TEMPLATE] = template.encode()
         found[TOKENIZER_CONFIG] = dump({**settings, "chat_template": template})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +16,9 @@ from engine.errors import UserError, shown
 from engine.hf import gpt2, llama
 from engine.hf.family import Family
 from engine.hf.keys import Keys
+from engine.hf.serving import TokenIds
 from engine.hf.unsupported import UNSUPPORTED
 from engine.model.shapes import logical_shapes
-from engine.tokenizer import Tokenizer
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({"llama": llama.FAMILY, "gpt2": gpt2.FAMILY})
 """By ModelConfig.family."""
@@ -31,23 +31,6 @@ MAX_PARAMETERS = 1 << 44
 
 LONGEST_NAME = 60
 """Characters of a model's name in reports."""
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Special tokens: `eos` holds every id that ends an answer, the end of a document first."""
-
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
-    pad: int | None = None
-
-
-def token_ids(tokenizer: Tokenizer | None) -> TokenIds:
-    """The ids of a tokenizer; the end of a chat turn ends generation too."""
-    if tokenizer is None:
-        return TokenIds()
-    ends = [tokenizer.eos_id, tokenizer.token_id("<|im_end|>")]
-    return TokenIds(tokenizer.bos_id, tuple(dict.fromkeys(end for end in ends if end is not None)), tokenizer.pad_id)
 
 
 def config_to_hf(config: ModelConfig, ids: TokenIds, dtype: str = "fp32") -> dict[str, Any]:
@@ -63,12 +46,6 @@ def config_to_hf(config: ModelConfig, ids: TokenIds, dtype: str = "fp32") -> dic
                         f"{getattr(config, lost)}: its config.json would say {getattr(back, lost)}")
     return {**network, "dtype": word, "torch_dtype": word, "bos_token_id": ids.bos,
             "eos_token_id": ids.eos[0] if ids.eos else None, "pad_token_id": ids.pad}
-
-
-def generation_config(ids: TokenIds) -> dict[str, Any]:
-    """The content of generation_config.json."""
-    found = {"bos_token_id": ids.bos, "eos_token_id": list(ids.eos) or None, "pad_token_id": ids.pad}
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def config_from_hf(content: Mapping[str, Any], place: str = "config.json") -> ModelConfig:
@@ -118,19 +95,3 @@ def model_name(folder: Path) -> str:
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return shown("/".join(path.parent.parent.name.split("--")[1:]), LONGEST_NAME)
     return shown(path.name, LONGEST_NAME) or "model"
-
-
-def read_token_ids(folder: Path) -> TokenIds:
-    """The special tokens' ids in a Hugging Face folder: generation_config.json's, else config.json's."""
-    content: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            found = read_object(folder / name)
-            content |= {key: found[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-                        if found.get(key) is not None}
-    ends = content.get("eos_token_id")
-    numbers = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    bos, pad = content.get("bos_token_id"), content.get("pad_token_id")
-    if any(type(number) is not int for number in [*numbers, *(n for n in (bos, pad) if n is not None)]):
-        raise UserError(f"{folder}: the special tokens' ids are not whole numbers: {str(content)[:200]}")
-    return TokenIds(bos, tuple(numbers), pad)

@@ -24,16 +24,9 @@ from engine.config import ModelConfig, RunConfig, to_dict, to_yaml
 from engine.config.flags import from_dict
 from engine.errors import UserError
 from engine.hf.assets import COPIED, dump
-from engine.hf.config import (
-    FAMILIES,
-    HF_DTYPES,
-    TokenIds,
-    config_from_hf,
-    config_to_hf,
-    generation_config,
-    read_token_ids,
-)
+from engine.hf.config import FAMILIES, HF_DTYPES, config_from_hf, config_to_hf
 from engine.hf.folder import open_hf, plain_file
+from engine.hf.serving import CONFIG, GENERATION, TokenIds, generation_config, read_origin
 from engine.model.shapes import logical_shapes
 
 Progress = Callable[[str], None]
@@ -79,10 +72,10 @@ def open_model(path: Path | str) -> Model:
 
 def _hf_assets(folder: Path, config: ModelConfig) -> Assets:
     """What a checkpoint keeps of an HF folder: the tokenizer's and the generation config's bytes, a config of ours."""
-    ids = read_token_ids(folder)
-    found: Assets = {"config.json": dump(config_to_hf(config, ids)),
-                     "generation_config.json": dump(generation_config(ids))}
-    for name in (*COPIED, "generation_config.json"):
+    origin = read_origin(folder)
+    found: Assets = {CONFIG: dump({**config_to_hf(config, origin.ids), **origin.config}),
+                     GENERATION: dump(generation_config(origin.ids, origin))}
+    for name in (*COPIED, GENERATION):
         if (folder / name).is_file():
             found[name] = plain_file(folder, name)
     return found

@@ -17,7 +17,7 @@ from engine.config.flags import build, from_dict, parse_values, to_dict
 from engine.config.presets import preset_fault
 from engine.data.fingerprint import Fingerprint, difference
 from engine.errors import UserError, shown
-from engine.hf import TokenIds, config_to_hf, read_config
+from engine.hf import Origin, TokenIds, config_to_hf, read_config, read_origin, token_ids
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
 from engine.plan import Plan, available_memory, estimate, require_memory
 from engine.tokenizer import Tokenizer, load_tokenizer
@@ -55,6 +55,7 @@ class Job:
     resume: Path | None = None
     data: Fingerprint = ()
     notes: Sequence[str] = field(default_factory=tuple)
+    origin: Origin | None = None
 
 
 def take_switches(argv: Sequence[str]) -> tuple[Switches, list[str]]:
@@ -88,6 +89,7 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
     base = _base_model(values, weights, resume)
     tokenizer, missing = _try_tokenizer(values, weights, resume)
     notes = _vocabulary(values, base, tokenizer)
+    origin = _origin(weights, resume, tokenizer, notes)
     config = build(values, base)
     world = switches.world_size or place.world
     layout = check(config, world)
@@ -113,7 +115,7 @@ def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, A
         data = check_data(config)
         if resume is not None and not config.data.new_data:
             _same_data(data, resume)
-    return Job(config, layout, device, dtype, tokenizer, plan, kernels, weights, resume, data, notes)
+    return Job(config, layout, device, dtype, tokenizer, plan, kernels, weights, resume, data, notes, origin)
 
 
 def _device_and_dtype(config: RunConfig, place: Place, switches: Switches) -> tuple[torch.device, torch.dtype]:
@@ -202,9 +204,7 @@ def _try_tokenizer(values: Values, weights: Resolved | None,
 
 def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) -> Tokenizer | None:
     """The tokenizer of --tokenizer, else the one saved with the checkpoint; a resumed run keeps the one it had."""
-    folder = resume / "hf" if resume else None
-    if weights is not None:
-        folder = weights.folder if weights.kind == "hf" else weights.folder / "hf"
+    folder = _served(weights, resume)
     saved = load_tokenizer(str(folder)) if folder is not None and _has_tokenizer(folder) else None
     if not values.get("tokenizer"):
         return saved
@@ -218,7 +218,33 @@ def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) ->
     if saved is not None and asked.hash != saved.hash:
         raise UserError(f"--tokenizer {values['tokenizer']} is not the one that {folder} was trained with (sha256 "
                         f"{asked.hash[:12]} and {saved.hash[:12]}); leave the flag out")
-    return asked
+    # A file by itself brings no settings and no chat template; the saved folder has those that belong to it.
+    return saved if saved is not None and Path(path).is_file() else asked
+
+
+def _served(weights: Resolved | None, resume: Path | None) -> Path | None:
+    """The folder with what is beside the weights that a run starts from: config.json, tokenizer, chat template."""
+    if resume is not None:
+        return resume / "hf"
+    if weights is None:
+        return None
+    return weights.folder if weights.kind == "hf" else weights.folder / "hf"
+
+
+def _origin(weights: Resolved | None, resume: Path | None, tokenizer: Tokenizer | None,
+            notes: list[str]) -> Origin | None:
+    """What the model's folder says of serving it. Where it has no tokenizer and the run has one, the ids of special
+    tokens are that one's: ids mean nothing but in their vocabulary."""
+    folder = _served(weights, resume)
+    if folder is None:
+        return None
+    origin, ids = read_origin(folder), token_ids(tokenizer)
+    if tokenizer is None or _has_tokenizer(folder):
+        return origin
+    if origin.ids not in (ids, TokenIds()):
+        notes.append(f"{shown(folder)} has no tokenizer: its ids of special tokens (bos {origin.ids.bos}, eos "
+                     f"{origin.ids.eos}) give way to those of --tokenizer (bos {ids.bos}, eos {ids.eos})")
+    return origin.without_ids()
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -23,7 +23,8 @@ from engine.checkpoint import Checkpoint, load_weights, open_checkpoint, save_ch
 from engine.config import to_dict, to_yaml
 from engine.data.batches import Batch, Batches, share_of
 from engine.errors import UserError
-from engine.hf import assets_for, open_hf
+from engine.hf import assets_for, open_hf, token_ids
+from engine.hf.serving import replaced
 from engine.mesh import Mesh, build_mesh
 from engine.model.shapes import logical_shapes
 from engine.plan import peak_flops
@@ -195,7 +196,8 @@ class _Session:
 
     def _assets(self) -> dict[str, bytes]:
         """The files an export needs, read once: the folder they come from may be pruned or deleted meanwhile."""
-        found = assets_for(self.job.config.model, self.job.tokenizer, template=self.feed.chat_template)
+        found = assets_for(self.job.config.model, self.job.tokenizer, template=self.feed.chat_template,
+                           origin=self.job.origin)
         return {name: item if isinstance(item, bytes) else item.read_bytes() for name, item in found.items()}
 
     def _barrier(self) -> None:
@@ -217,6 +219,11 @@ class _Session:
         self.say(job.plan.report())
         for note in job.notes:
             self.say(note)
+        if job.origin is not None:
+            name = job.config.data.chat_template
+            line = replaced(token_ids(job.tokenizer), job.origin, self.feed.chat_template, name)
+            if line is not None:
+                self.say(line)
         self.say(self.feed.summary)
         self.say(str(job.kernels))
         if self.mesh.groups:

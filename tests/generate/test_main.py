@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from engine.checkpoint import Entry, save_checkpoint
 from engine.config import ModelConfig, RunConfig, to_dict
 from engine.data.chat import ChatEncoder, Message
 from engine.errors import UserError
-from engine.generate import begin, generate, load_for_inference, main
+from engine.generate import begin, generate, load_for_inference, main, stop_ids
+from engine.hf.convert import convert
 from engine.model import Decoder, Parts
 from engine.parallel.init import initialize
 from engine.parallel.sharding import pieces, shard_of
@@ -90,6 +92,21 @@ def test_a_hugging_face_folder_speaks_as_transformers_does(tokenizer_folder: Pat
     ids = begin(tokenizer, "import sys")
     expected = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
     assert list(generate(model, ids, max_tokens=40, temperature=0.0)) == expected
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_every_end_of_an_answer_that_the_folder_names_stops_it(
+        run: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _, tokenizer = load_for_inference(str(run), torch.float32, CPU)
+    ids = list(generate(model, begin(tokenizer, "def f"), max_tokens=40, temperature=0.0))
+    stop = next(token for token in ids[10:] if ids.index(token) >= 10)
+    convert(run, tmp_path / "hf", to="hf", dtype=None, shard_bytes=10**9, say=lambda line: None)
+    content = json.loads((tmp_path / "hf" / "config.json").read_text()) if file == "config.json" else {}
+    (tmp_path / "hf" / file).write_text(json.dumps({**content, "eos_token_id": [2, stop]}))
+    assert stop_ids(str(tmp_path / "hf"), tokenizer) == {tokenizer.eos_id, tokenizer.token_id("<|im_end|>"), 2, stop}
+    assert main(["--load", str(tmp_path / "hf"), "--prompt", "def f", "--max-tokens", "40", "--greedy", "--device",
+                 "cpu"]) == 0
+    assert f"{ids.index(stop)} generated" in capsys.readouterr().err
 
 
 def test_a_tied_gpt2_loads_and_speaks(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from engine.checkpoint.strict_json import parse_object
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.hf import TokenIds, config_from_hf, config_to_hf, open_hf, read_config
-from engine.hf.config import FAMILIES, read_token_ids
+from engine.hf.config import FAMILIES
+from engine.hf.serving import read_token_ids
 from engine.model.shapes import logical_shapes
 
 TINY = ModelConfig(layers=2, hidden=8, ffn_hidden=12, heads=2, kv_heads=1, head_dim=4, vocab_size=11)
