@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
+import io
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+BAD_INPUT, INTERRUPTED = 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN = 200
 """Characters of foreign text that a message repeats at most."""
+ALIKE = 0.78
+"""How alike (difflib's ratio) two words must be for one to be proposed: a typing error is, another word is not."""
 LONGEST = 2000
 """Characters of a whole message; what is longer is our own mistake, and is cut."""
 
 
 class UserError(Exception):
     """Bad input. The message says what is wrong, gives the numbers, and tells what to change. It is one line:
-    control characters in it are escaped, and it is cut after `LONGEST` characters."""
+    control characters in it are escaped, and it is cut after `LONGEST` characters. A word of more than `SHOWN`
+    characters is none of ours (a path, a name, a value), and is cut too."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(shown(message, LONGEST))
+        words = re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: shown(word[0]), message)
+        super().__init__(shown(words, LONGEST))
 
 
 def shown(value: object, most: int = SHOWN) -> str:
@@ -35,24 +47,78 @@ def shown(value: object, most: int = SHOWN) -> str:
 def nearest(word: str, options: Iterable[str]) -> str | None:
     """The option that looks most like `word`, or None when nothing is close."""
     lower = {option.lower(): option for option in options}
-    found = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=ALIKE)
     return lower[found[0]] if found else None
 
 
-def run_cli(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a tool's `main(argv)` and exits with its code; a UserError, or a file that cannot be used, becomes
-    `error: ...` and exit code 2."""
+def end_quietly() -> None:
+    """Until `run_cli` is called, Ctrl-C ends the process without a traceback: imports take seconds. Where SIGINT is
+    ignored (nohup, a shell's background), it stays ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def replace_unprintable() -> None:
+    """What a terminal cannot show (PYTHONIOENCODING=ascii) is replaced in what we print, and raises nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a closed one is None; tests put other things there
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def print_all(text: str) -> None:
+    """Prints the whole of what a command has to say. The reader (head, less) may go before the end: that is no
+    error."""
     try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        print(text, flush=True)
     except BrokenPipeError:
-        code = 0  # the reader (head, less) has gone; nothing is wrong with us
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """What is still unwritten goes nowhere, so that Python does not complain of it when it ends."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream has no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def run_cli(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a tool's `main(argv)` and exits with its code. A UserError, a file that cannot be used and a full disk
+    become one line `error: ...` and exit code 2; Ctrl-C becomes 130."""
+    replace_unprintable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see end_quietly
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(guarded(lambda: main(sys.argv[1:])))
+
+
+def guarded(body: Callable[[], int]) -> int:
+    """The exit code of `body`, its failures turned into a line: see `run_cli`."""
+    try:
+        try:
+            code = body()
+        except SystemExit as end:  # argparse's --help
+            code = end.code if isinstance(end.code, int) else 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()
+        return 0  # the reader (head, less) has gone; nothing is wrong with us
+    except MemoryError:
+        return _refuse("not enough memory")
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # not to be read, too long a name, ..
-        code = 2
-    sys.stdout.flush()
-    sys.exit(code)
+        where = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
+        _drop_output()  # where it is the standard output that is full
+        return _refuse(f"{where}{error.strerror}")
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {shown(message, LONGEST)}", file=sys.stderr)
+    return BAD_INPUT

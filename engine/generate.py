@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import MappingProxyType
-from typing import NoReturn
 
 import torch
 
 from engine.checkpoint import Entry, TensorSource, load_weights, open_checkpoint, resolve
 from engine.config import ModelConfig
+from engine.config.command import Command, given_text, real, whole
 from engine.config.flags import from_dict
 from engine.data.chat import ChatEncoder, Message
 from engine.errors import UserError, run_cli
@@ -26,6 +27,8 @@ from engine.parallel.sharding import pieces, shard_of
 from engine.sampling import check_sampling, sample
 from engine.tokenizer import Tokenizer, load_tokenizer
 
+MOST_PROMPT = 16 << 20
+"""Bytes of the longest prompt that is read: no model takes as many."""
 _DTYPES = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64})
 
 
@@ -192,23 +195,19 @@ def stop_ids(path: str, tokenizer: Tokenizer) -> set[int]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Raises UserError for what they cannot be."""
-    parser = _Parser(prog="python -m engine.generate", description=__doc__, allow_abbrev=False)
+    parser = Command("engine.generate", __doc__)
     parser.add_argument("--load", required=True, help="run folder, step folder or Hugging Face folder")
-    parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
+    parser.add_argument("--prompt", required=True, type=given_text, help="text to continue; - reads standard input")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message; the answer is generated")
-    parser.add_argument("--max-tokens", type=int, default=128, help="stop after so many tokens (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="probability of the tokens drawn from (%(default)s)")
+    parser.add_argument("--max-tokens", type=whole(), default=128, help="stop after so many tokens (%(default)s)")
+    parser.add_argument("--temperature", type=real(), default=0.8, help="0 is greedy (%(default)s)")
+    parser.add_argument("--top-p", type=real(), default=0.95,
+                        help="probability of the tokens drawn from (%(default)s)")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token; --temperature 0")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (%(default)s)")
+    parser.add_argument("--seed", type=whole(), default=0, help="the same seed gives the same text (%(default)s)")
     parser.add_argument("--dtype", choices=("auto", *_DTYPES), default="auto", help="auto: bf16 on CUDA, fp32 on CPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser.parse_args(argv)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+    return parser.read(argv)
 
 
 def main(argv: list[str]) -> int:
@@ -216,8 +215,7 @@ def main(argv: list[str]) -> int:
     flags = parse(argv)
     temperature = 0.0 if flags.greedy else flags.temperature
     check_sampling(temperature, flags.top_p)
-    # `echo` ends its line, which is no part of the prompt.
-    prompt = sys.stdin.read().removesuffix("\n") if flags.prompt == "-" else flags.prompt
+    prompt = _prompt(flags.prompt)
     device = _device(flags.device)
     dtype = flags.dtype if flags.dtype != "auto" else ("bf16" if device.type == "cuda" else "fp32")
     model, _, tokenizer = load_for_inference(flags.load, _DTYPES[dtype], device)
@@ -238,6 +236,18 @@ def main(argv: list[str]) -> int:
     print(f"{len(ids)} prompt tokens, {count} generated in {seconds:.1f} s ({count / seconds:.1f} a second)",
           file=sys.stderr)
     return 0
+
+
+def _prompt(given: str) -> str:
+    """The text of --prompt, or of standard input, whatever encoding the terminal claims (LC_ALL=C)."""
+    data = sys.stdin.buffer.read(MOST_PROMPT + 1) if given == "-" else os.fsencode(given)
+    if len(data) > MOST_PROMPT:
+        raise UserError(f"--prompt is longer than {MOST_PROMPT >> 20} MiB")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    return text.removesuffix("\n") if given == "-" else text  # `echo` ends its line, which is no part of the prompt
 
 
 def _device(name: str) -> torch.device:

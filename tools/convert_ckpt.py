@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.checkpoint import DTYPES
-from engine.errors import UserError, run_cli
-from engine.hf.convert import convert
-from engine.hf.verify import verify
+from engine.errors import UserError, end_quietly, run_cli  # noqa: E402
+
+if __name__ == "__main__":
+    end_quietly()  # before the imports, which take seconds
+
+from engine.checkpoint import DTYPES  # noqa: E402
+from engine.config.command import Command, real  # noqa: E402
+from engine.hf.convert import convert  # noqa: E402
+from engine.hf.verify import verify  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
     """Parses, converts, verifies; 1 when --verify finds a difference."""
-    parser = argparse.ArgumentParser(prog="convert_ckpt.py", description=__doc__)
+    parser = Command("convert_ckpt.py", __doc__)
     parser.add_argument("--load", required=True, type=Path, metavar="DIR",
                         help="run folder (its latest step), step folder or Hugging Face folder")
     parser.add_argument("--save", required=True, type=Path, metavar="DIR", help="the folder to make; must not exist")
     parser.add_argument("--to", choices=("hf", "engine"), help="what to write; if not given, what --load is not")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="format of the weights; if not given, as they are")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file of a Hugging Face folder [5]")
+    parser.add_argument("--shard-gb", type=real(), default=5.0, help="largest file of a Hugging Face folder [5]")
     parser.add_argument("--verify", action="store_true",
                         help="read the result again: every tensor bit for bit, and transformers' logits if installed")
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
     if not 0 < options.shard_gb <= 5:
         raise UserError(f"--shard-gb {options.shard_gb} must be above 0 and at most 5")
     start = time.perf_counter()

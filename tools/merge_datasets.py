@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.errors import end_quietly, run_cli  # noqa: E402
+
+if __name__ == "__main__":
+    end_quietly()  # before the imports, which take seconds
+
+from engine.config.command import Command  # noqa: E402
 from engine.data.combine import combine  # noqa: E402
-from engine.errors import run_cli  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
     """Parses, copies, prints what came out."""
-    parser = argparse.ArgumentParser(description="Put corpora (P.bin, P.idx) of one vocabulary one after another.")
+    parser = Command("merge_datasets.py", "Put corpora (P.bin, P.idx) of one vocabulary one after another.")
     parser.add_argument("--input", nargs="+", required=True, metavar="P", help="prefixes, in the order they get")
     parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--overwrite", action="store_true")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     done = combine(args.input, args.output_prefix, args.overwrite)
     print(f"{args.output_prefix}: {done.documents:,} documents, {done.tokens:,} tokens of {len(args.input)} corpora")
     if not done.described:

@@ -10,17 +10,23 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.errors import end_quietly, run_cli  # noqa: E402
+
+if __name__ == "__main__":
+    end_quietly()  # before the imports, which take seconds
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts a thread a core in every worker, for nothing
 
+from engine.config.command import Command, whole  # noqa: E402
 from engine.data.inputs import SPLITS  # noqa: E402
 from engine.data.preprocess import DEFAULT_SEED, Counts, Settings, preprocess  # noqa: E402
-from engine.errors import run_cli  # noqa: E402
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Turn text into P.bin, P.idx and P.json: JSONL, JSON arrays, plain text, parquet and MediaWiki "
-        "dumps, each also as .gz, .bz2 or .zst. A run that was ended goes on where it stopped."
+    parser = Command(
+        "preprocess_data.py",
+        "Turn text into P.bin, P.idx and P.json: JSONL, JSON arrays, plain text, parquet and MediaWiki "
+        "dumps, each also as .gz, .bz2 or .zst. A run that was ended goes on where it stopped.",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="F", dest="inputs",
                         help="files, folders, patterns")
@@ -36,16 +42,17 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dedup", default="none", metavar="HOW", help="exact, near, near:BANDSxROWS or none")
     parser.add_argument("--report", metavar="FILE", help="write what the rules left out, with samples")
     order = parser.add_mutually_exclusive_group()
-    order.add_argument("--shuffle-seed", type=int, default=DEFAULT_SEED, help=f"order of documents ({DEFAULT_SEED})")
+    order.add_argument("--shuffle-seed", type=whole(), default=DEFAULT_SEED,
+                       help=f"order of documents ({DEFAULT_SEED})")
     order.add_argument("--no-shuffle", action="store_const", const=None, dest="shuffle_seed",
                        help="keep the input's order")
     parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad record")
-    parser.add_argument("--workers", type=int, help="processes (one a core); the output does not depend on it")
+    parser.add_argument("--workers", type=whole(), help="processes (one a core); the output does not depend on it")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--unit-megabytes", type=int, metavar="N",
+    parser.add_argument("--unit-megabytes", type=whole(-1 << 20, 1 << 20), metavar="N",
                         help="what a process works on at a time, and may lose when it is killed (2 to 16)")
-    return parser.parse_args(argv)
+    return parser.read(argv)
 
 
 def _summary(prefix: str, counts: Counts, seconds: float) -> str:

@@ -11,8 +11,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.errors import UserError, end_quietly, run_cli  # noqa: E402
+
+if __name__ == "__main__":
+    end_quietly()  # before the imports, which take seconds
+
+from engine.config.command import Command, given_text, whole  # noqa: E402
 from engine.data.inputs import SPLITS, find_sources  # noqa: E402
-from engine.errors import UserError, run_cli  # noqa: E402
 from engine.tokenizer.sample import DEFAULT_SEED, SAMPLE_BYTES, Sample, SampleSettings, draw_sample  # noqa: E402
 from engine.tokenizer.train import MODELS, SPECIAL, TrainReport, check_request, train  # noqa: E402
 from engine.tokenizer.train_output import ABOUT, check_output  # noqa: E402
@@ -21,27 +26,30 @@ _LEAST_SHARE = 1e-4  # of the characters; scripts below it are not printed
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a sentencepiece vocabulary, written also as tokenizer.json, on a sample of JSONL, JSON "
-        "arrays, plain text, parquet and MediaWiki dumps, each also as .gz, .bz2 or .zst."
+    parser = Command(
+        "train_tokenizer.py",
+        "Train a sentencepiece vocabulary, written also as tokenizer.json, on a sample of JSONL, JSON "
+        "arrays, plain text, parquet and MediaWiki dumps, each also as .gz, .bz2 or .zst.",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="F", dest="inputs",
                         help="files, folders, patterns")
-    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--vocab-size", type=whole(), required=True)
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--model", choices=MODELS, default="bpe")
-    parser.add_argument("--special", default=",".join(SPECIAL), help="control pieces, separated by commas; '' for none")
+    parser.add_argument("--special", type=given_text, default=",".join(SPECIAL),
+                        help="control pieces, separated by commas; '' for none")
     parser.add_argument("--json-key", default="text", help="where the text is, in JSON and parquet")
     parser.add_argument("--split-text", choices=SPLITS, default="document", help="what a document is in plain text")
     parser.add_argument("--encoding", default="utf-8", help="of text without a byte-order mark")
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad record")
-    parser.add_argument("--sample-megabytes", type=int, default=SAMPLE_BYTES >> 20, metavar="N",
+    parser.add_argument("--sample-megabytes", type=whole(-1 << 40, 1 << 40), default=SAMPLE_BYTES >> 20, metavar="N",
                         help="text to train on, drawn from all that is read")
-    parser.add_argument("--read-megabytes", type=int, metavar="N",
+    parser.add_argument("--read-megabytes", type=whole(-1 << 40, 1 << 40), metavar="N",
                         help="read about this much of the input, in parts drawn from all of it")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"of what is drawn ({DEFAULT_SEED})")
+    parser.add_argument("--seed", type=whole(-1 << 70, 1 << 70), default=DEFAULT_SEED,
+                        help=f"of what is drawn ({DEFAULT_SEED})")
     parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args(argv)
+    return parser.read(argv)
 
 
 def _sampled(sample: Sample, seed: int) -> str:

@@ -10,14 +10,15 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from engine.config.foreign import RUN, unknown_option
 from engine.config.presets import resolve_model
+from engine.config.read_yaml import read_yaml
 from engine.config.schema import ModelConfig, RunConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, shown
 
 Values = dict[str, Any]
 JOINED = ("data", "valid_data")
@@ -32,6 +33,19 @@ class Leaf:
     name: str
     type: type
     optional: bool
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command line says: `flags` by itself, `file` by its --config."""
+
+    flags: Values
+    file: Values
+
+    @property
+    def values(self) -> Values:
+        """Both; flags win."""
+        return {**self.file, **self.flags}
 
 
 def _leaves() -> dict[str, Leaf]:
@@ -52,9 +66,7 @@ def _leaf(key: str, leaves: Mapping[str, Leaf]) -> Leaf:
     group, _, name = key.replace("-", "_").rpartition(".")
     leaf = leaves.get(name)
     if leaf is None or group not in ("", leaf.group):
-        close = nearest(name, leaves)
-        hint = f"did you mean --{close.replace('_', '-')}?" if close else "--help lists them"
-        raise UserError(f"unknown option --{key}; {hint}")
+        raise UserError(unknown_option(key, name, leaves, RUN))
     return leaf
 
 
@@ -66,15 +78,18 @@ def _convert(leaf: Leaf, value: Any) -> Any:
             return None
         raise UserError(f"{flag} needs a value")
     if leaf.type is bool:
-        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False,
+                 "on": True, "off": False}
         if str(value).lower() not in words:
-            raise UserError(f"{flag} {str(value)[:80]!r} is not true or false")
+            raise UserError(f"{flag} {shown(value, 80)!r} is not true or false")
         return words[str(value).lower()]
     if leaf.name in JOINED and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ",".join(value)
     if isinstance(value, (bool, list, dict)):
         raise UserError(f"{flag} must be a {leaf.type.__name__}, not a {type(value).__name__}")
     if leaf.type is str:
+        if "\0" in str(value):
+            raise UserError(f"{flag} {shown(value, 80)!r} has a NUL character in it")
         return str(value)
     text = str(value).replace("_", "")
     if leaf.type is int and re.fullmatch(r"[+-]?[0-9]{1,40}", text):
@@ -82,67 +97,48 @@ def _convert(leaf: Leaf, value: Any) -> Any:
     try:
         number = float(text)
     except ValueError:
-        raise UserError(f"{flag} {value!r} is not a number") from None
+        raise UserError(f"{flag} {shown(value, 80)!r} is not a number") from None
     if not math.isfinite(number):
-        raise UserError(f"{flag} {value!r} is not a finite number")
+        raise UserError(f"{flag} {shown(value, 80)!r} is not a finite number")
     if leaf.type is int:
         if number != int(number):
-            raise UserError(f"{flag} {value!r} is not a whole number")
+            raise UserError(f"{flag} {shown(value, 80)!r} is not a whole number")
         return int(number)
     return number
 
 
 def _from_yaml(path: str, leaves: Mapping[str, Leaf]) -> Values:
     """The leaves of a YAML file: `tp: 2`, `parallel: {tp: 2}` and `model: 7b` are all understood."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        _refuse_bombs(path, text)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())[:200]}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold key: value lines, not a {type(content).__name__}")
     groups = {leaf.group for leaf in leaves.values()}
     found: Values = {}
-    for key, value in content.items():
+
+    def put(key: str, value: Any) -> None:
+        leaf = _leaf(key, leaves)
+        if leaf.name in found:
+            raise UserError(f"--config {shown(path)} says {leaf.name} twice, again as {shown(key, 80)}; keep one")
+        found[leaf.name] = _convert(leaf, value)
+
+    for key, value in read_yaml(path).items():
         if key in groups and isinstance(value, dict):
             for name, inner in value.items():
-                leaf = _leaf(f"{key}.{name}", leaves)
-                found[leaf.name] = _convert(leaf, inner)
+                put(f"{key}.{name}", inner)
         else:
-            leaf = _leaf(str(key), leaves)
-            found[leaf.name] = _convert(leaf, value)
+            put(key, value)
     return found
 
 
-def _refuse_bombs(path: str, text: str) -> None:
-    """Raises UserError for YAML that is small as text and has no bound as values: aliases of aliases, deep nesting."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise UserError(f"--config {path} has YAML aliases (*name), which a run's config does not use; write the "
-                            "values out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 8:
-            raise UserError(f"--config {path} is nested too deeply for a run's config")
-
-
-def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values, str | None]:
-    """The leaves of `--tp 2`, `--tp=2`, `--resume`, `--no-resume`, and the file of `--config`."""
+def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values, list[str]]:
+    """The leaves of `--tp 2`, `--tp=2`, `--resume`, `--no-resume`, and the files of `--config`."""
     found: Values = {}
-    config: str | None = None
+    configs: list[str] = []
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            raise UserError(f"unexpected argument {word!r}; options look like --tp 2")
+            raise UserError(f"unexpected argument {shown(word, 80)!r}; options look like --tp 2")
         key, equals, value = word[2:].partition("=")
         if key == "config":
-            config = value if equals else _next_value(key, words)
+            configs.append(value if equals else _next_value(key, words))
             continue
         negated = key.startswith("no-") and key[3:].replace("-", "_") in leaves
         leaf = _leaf(key[3:] if negated else key, leaves)
@@ -151,23 +147,33 @@ def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values
             found[leaf.name] = not negated if bare else words.pop(0).lower() == "true"
         else:
             converted = _convert(leaf, value if equals else _next_value(key, words))
+            if converted == "":  # most often an unset variable of a shell: `--load "$MODEL"` would train from nothing
+                raise UserError(f"--{key} is empty; give a value, or leave the flag out")
             earlier = found.get(leaf.name) if leaf.name in JOINED else None
             found[leaf.name] = f"{earlier},{converted}" if earlier else converted
-    return found, config
+    return found, configs
 
 
 def _next_value(key: str, words: list[str]) -> str:
     """Takes the value that follows `--key`; a following option is not a value, a negative number is."""
     if not words or (words[0].startswith("--") and len(words[0]) > 2):
-        raise UserError(f"--{key} needs a value")
+        raise UserError(f"--{shown(key, 80)} needs a value")
     return words.pop(0)
+
+
+def parse_given(argv: Sequence[str]) -> Given:
+    """What flags say and what YAML says, apart; of several --config files the later win."""
+    leaves = _leaves()
+    flags, configs = _from_flags(argv, leaves)
+    file: Values = {}
+    for config in configs:
+        file |= _from_yaml(config, leaves)
+    return Given(flags, file)
 
 
 def parse_values(argv: Sequence[str]) -> Values:
     """What YAML and flags say, and nothing else: leaf name -> value."""
-    leaves = _leaves()
-    flags, config = _from_flags(argv, leaves)
-    return {**(_from_yaml(config, leaves) if config else {}), **flags}
+    return parse_given(argv).values
 
 
 def parse(argv: Sequence[str], base: ModelConfig | None = None, defaults: Mapping[str, Any] | None = None) -> RunConfig:
@@ -192,9 +198,9 @@ def from_dict(content: Mapping[str, Any]) -> RunConfig:
     groups = {leaf.group for leaf in leaves.values()}
     for group, inner in content.items():
         if group not in groups:
-            raise UserError(f"config: there is no group {group!r}")
+            raise UserError(f"config: there is no group {shown(group, 80)!r}")
         if not isinstance(inner, dict):
-            raise UserError(f"config: {group} must be a group of fields, not {inner!r}")
+            raise UserError(f"config: {group} must be a group of fields, not {shown(inner, 80)!r}")
         for name, value in inner.items():
             leaf = _leaf(f"{group}.{name}", leaves)
             values[leaf.name] = _convert(leaf, value)

@@ -80,6 +80,8 @@ class BatchConfig:
     """Tokens in a sequence."""
     steps: int = 100
     """Optimizer steps of the whole run."""
+    epochs: float = 0.0
+    """Passes over --data, instead of --steps: the run's config then has the steps that they are."""
     stop_after: int = 0
     """Save and stop after this step, the learning-rate schedule still being that of --steps; 0 runs to the end."""
 

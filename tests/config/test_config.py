@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.config import PRESETS, Layout, RunConfig, check, describe, parse, to_dict, to_yaml
+from engine.config import PRESETS, Layout, ParallelConfig, RunConfig, check, describe, parse, to_dict, to_yaml
 from engine.config.flags import from_dict
 from engine.errors import UserError
 
@@ -49,7 +50,38 @@ def test_several_files_are_repeated_or_joined_by_commas(tmp_path: Path) -> None:
     assert (asked.data.data, asked.data.valid_data, asked.data.tokenizer) == ("a.jsonl,b.jsonl", "c,d,e", "u")
     assert from_yaml(tmp_path, "data: {data: [a.jsonl, b.jsonl]}").data.data == "a.jsonl,b.jsonl"
     assert from_yaml(tmp_path, "data: {data: [a, b]}", "--data", "c").data.data == "c", "flags win over the file"
-    assert "--data must be a str, not a list" in fault("--config", str(write(tmp_path, "data: {data: [1, 2]}")))
+    assert "--data must be a str, not a list" in fault("--config", str(write(tmp_path, "data: {data: [[a], b]}")))
+
+
+def test_yaml_means_what_the_same_flag_means(tmp_path: Path) -> None:
+    config = from_yaml(tmp_path, "steps: 010\nwarmup: 1_0\nout: 007\ntokenizer: no\nresume: on\ntied: off")
+    assert (config.batch.steps, config.optimizer.warmup) == (10, 10), "not 8, which is YAML 1.1's octal"
+    assert (config.save.out, config.data.tokenizer) == ("007", "no"), "not 7 and not False"
+    assert config.save.resume and not config.model.tied
+    assert from_yaml(tmp_path, "min_lr: ~").optimizer.min_lr is None
+
+
+def test_an_empty_value_is_not_the_default(tmp_path: Path) -> None:
+    for flag in ("--config", "--load", "--tokenizer", "--out"):
+        with pytest.raises(UserError, match=f"{flag} is empty"):
+            parse([flag, ""])
+
+
+def test_a_file_without_an_end_is_not_read_to_its_end() -> None:
+    assert "larger than 1 MiB" in fault("--config", "/dev/zero")
+
+
+def test_a_config_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"tp: 2\n")))
+    assert parse(["--config", "-", "--pp", "3"]).parallel == ParallelConfig(tp=2, pp=3)
+    assert "standard input is empty" in fault("--config", "-"), "it has been read"
+
+
+def test_of_several_config_files_the_later_wins(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text("tp: 2\npp: 2")
+    config = from_yaml(tmp_path, "tp: 4")
+    config = parse(["--config", str(tmp_path / "first.yaml"), "--config", str(tmp_path / "run.yaml")])
+    assert (config.parallel.tp, config.parallel.pp) == (4, 2)
 
 
 def test_numbers_keep_their_value() -> None:
@@ -70,7 +102,12 @@ def test_yaml_is_flat_or_grouped_and_flags_win(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("!!python/object/apply:os.system ['touch HERE']", "is not YAML"),
+    ("!!python/object/apply:os.system ['touch HERE']", "is not YAML"), ("lr: !foo 1", "line 1 has the tag !foo"),
+    ("tp: 2\npp: 1\ntp: 4", "has 'tp' twice, again in line 3"),
+    ("batch: {steps: 1}\nbatch: {seq_len: 2}", "'batch' twice"),
+    ("tp: 2\nparallel: {tp: 4}", "says tp twice, again as parallel.tp"), ("seq-len: 2\nseq_len: 4", "seq_len twice"),
+    ("steps: 1:30", "--steps '1:30' is not a number"), ("steps: 0x10", "'0x10' is not a number"),
+    ("out: \"a\\0b\"", "has a NUL character"), ("lr: .nan", "not a number"), ("tp: 2\n---\npp: 3", "is not YAML"),
     ("lr: !!python/name:os.system", "is not YAML"),
     ("lr: &a 1\nwarmup: *a", "aliases"),
     ("a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nlr: [*b,*b,*b,*b]", "aliases"),
@@ -80,7 +117,7 @@ def test_yaml_is_flat_or_grouped_and_flags_win(tmp_path: Path) -> None:
     ("lr: [1, 2]", "--lr must be a float, not a list"),
     ("parallel: 2", "unknown option --parallel"),
     ("tp: 2\n  pp: 3", "is not YAML"),
-    ("lr: 2001-99-99", "is not YAML"),
+    ("lr: 2001-99-99", "is not a number"),
     ("steps: 2001-09-09", "is not a number"),
     ("tp: null", "--tp needs a value"),
     ("? [a]\n: b", "is not YAML"),
@@ -113,7 +150,7 @@ def test_a_config_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     ("--model 7B", "did you mean 7b?"), ("--model gigantic", "use one of tiny, 125m"),
     ("--model 3b", "use one of tiny, 125m"), ("--model gpt3", "--model 'gpt3' is not a preset; use one of tiny"),
     ("-tp 2", "unexpected argument"),
-    ("--config", "--config needs a value"),
+    ("--config", "--config needs a value"), ("--config=", "--config is empty"), ("--load=", "--load is empty"),
 ])
 def test_a_flag_that_cannot_be_read(argv: str, message: str) -> None:
     assert message in fault(*argv.split())
