@@ -6,6 +6,8 @@ from engine.errors import end_quietly
 
 __version__ = "0.1.0"
 
-if sys.argv[:1] == ["-m"] and any(word == "-m" and name.startswith("engine.")
-                                  for word, name in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)):
-    end_quietly()  # `python -m engine.pretrain`: this package is read first, then what takes seconds
+_module = sys.argv[:1] == ["-m"] and any(word == "-m" and name.startswith("engine.")
+                                         for word, name in zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
+_recipe = sys.argv[:1] != [] and sys.argv[0].endswith(".sh")  # examples/*.sh, which Python runs too
+if _module or _recipe:
+    end_quietly()  # this package is read first, then what takes seconds

@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.mesh import Mesh
 from engine.train.entry import enter
 from engine.train.job import Job
+from engine.train.request import EntryPoint
 from engine.train.run import Feed
 from engine.tune.batches import ChatBatches
 
@@ -28,9 +29,16 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType({
 """What tuning changes of the pretraining defaults."""
 
 
-def main(argv: Sequence[str], recipe: Sequence[str] = ()) -> int:
-    """Runs one rank. `recipe` holds a recipe's own flags; --config and the flags of `argv` win over them."""
-    return enter("engine.finetune", argv, recipe, DEFAULTS, check_data, make_feed)
+UNREAD: Mapping[str, str] = MappingProxyType({
+    "verify_data": "files of rows have no checksums",
+    "mask_documents": "a row is a sequence of its own here, and sees no other",
+    "split": "tuning holds no part of --data back yet; give the held-back rows to --valid-data"})
+"""Flags that mean nothing here."""
+
+
+def main(argv: Sequence[str], recipe: Sequence[str] = (), demo: Sequence[str] = ()) -> int:
+    """Runs one rank. `recipe` holds a recipe's own flags, `demo` its data for whoever brings none."""
+    return enter(EntryPoint("engine.finetune", UNREAD, check_data, DEFAULTS), argv, recipe, demo, make_feed)
 
 
 def check_data(config: RunConfig) -> Fingerprint:
@@ -61,7 +69,7 @@ def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
         valid = held.head(config.save.eval_samples)
     epochs = config.batch.steps * config.batch.global_batch / train.epoch_size
     return Feed(train, valid, f"{train.summary()}; {epochs:.2f} epochs in {config.batch.steps} steps",
-                chat_template=CHATML_TEMPLATE)
+                train.epoch_size, CHATML_TEMPLATE)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -21,14 +22,18 @@ from engine.train.entry import enter
 from engine.train.job import Job
 from engine.train.launch import place_from_environment
 from engine.train.prove_data import prove_data
+from engine.train.request import EntryPoint
 from engine.train.run import Feed
 
 _CPU = torch.device("cpu")
+UNREAD: Mapping[str, str] = MappingProxyType({
+    "chat_template": "pretraining has no turns; engine.finetune learns a template"})
+"""Flags that mean nothing here."""
 
 
-def main(argv: Sequence[str], recipe: Sequence[str] = ()) -> int:
-    """Runs one rank. `recipe` holds a recipe's own flags; --config and the flags of `argv` win over them."""
-    return enter("engine.pretrain", argv, recipe, {}, check_data, make_feed)
+def main(argv: Sequence[str], recipe: Sequence[str] = (), demo: Sequence[str] = ()) -> int:
+    """Runs one rank. `recipe` holds a recipe's own flags, `demo` its data for whoever brings none."""
+    return enter(EntryPoint("engine.pretrain", UNREAD, check_data), argv, recipe, demo, make_feed)
 
 
 def check_data(config: RunConfig) -> Fingerprint:
@@ -37,7 +42,7 @@ def check_data(config: RunConfig) -> Fingerprint:
     if not data:
         raise UserError("--data is needed: the prefix of a dataset that tools/preprocess_data.py has written; "
                         "`make demo` makes one to try")
-    if ":" not in data and not Path(f"{data}.idx").exists():
+    if not {":", ","} & set(data) and not Path(f"{data}.idx").exists():
         raise UserError(f"no dataset at {data}.idx; tools/preprocess_data.py writes one from text, and `make demo` "
                         "makes the demo corpus")
     _open(config, "train")
@@ -67,7 +72,7 @@ def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
     summary = (f"data: {samples.tokens:,} tokens, {samples.epoch_size:,} samples an epoch, {epochs:.2f} epochs in "
                f"{config.batch.steps} steps; {kept}"
                f"{'; attention within documents' if config.data.mask_documents else ''}")
-    return Feed(batches, valid, summary)
+    return Feed(batches, valid, summary, samples.epoch_size)
 
 
 def _overlap(config: RunConfig) -> bool:

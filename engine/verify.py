@@ -21,17 +21,17 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Layout, ParallelConfig, RunConfig
-from engine.config.flags import parse_values
 from engine.data.batches import Batch
-from engine.errors import UserError
+from engine.errors import UserError, shown
 from engine.kernels.cross_entropy import IGNORE
 from engine.kernels.dispatch import Kernels
 from engine.mesh import AXES, Mesh, build_mesh
 from engine.model.shapes import logical_shapes
 from engine.parallel.sharding import Entry, pieces, shard_of
 from engine.train.engine import Engine
-from engine.train.job import Job, prepare, take_switches
-from engine.train.launch import Place, connect, place_from_environment, run_rank, set_threads, start_group
+from engine.train.entry import only_told, prepared, print_help, run_entry
+from engine.train.launch import connect, place_from_environment, set_threads, start_group
+from engine.train.request import EntryPoint, Request, read_request, take_switches
 
 SHAPE: Mapping[str, Any] = MappingProxyType({
     "layers": 8, "hidden": 32, "ffn_hidden": 64, "heads": 8, "kv_heads": 2, "vocab_size": 101})
@@ -40,8 +40,13 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType({
     "dtype": "fp64", "seq_len": 16, "global_batch": 8, "steps": 20, "lr": 1e-3, "warmup": 3})
 """A rate of 1e-2 would do for any layout's first step, but over 20 steps training itself magnifies rounding beyond the
 bounds."""
-FOREIGN = ("data", "valid_data", "new_data", "load", "resume", "out", "tokenizer")
-"""Flags that mean nothing here: tokens and weights come from the seed, and nothing is written."""
+UNREAD: Mapping[str, str] = MappingProxyType({
+    **dict.fromkeys(("data", "valid_data", "new_data", "verify_data", "split", "tokenizer", "chat_template", "load", "resume"),
+                    "verification trains on tokens and weights made from --seed"),
+    **dict.fromkeys(("out", "save_every", "keep", "log_every", "peak_tflops"), "verification writes nothing"),
+    **dict.fromkeys(("eval_every", "eval_samples"), "verification evaluates nothing"),
+    **dict.fromkeys(("stop_after", "epochs"), "verification runs all of --steps")})
+"""Flags that mean nothing here."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,16 @@ class Trace:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one rank and returns its exit code."""
-    return run_rank(lambda: _verify(argv))
+    return run_entry(lambda: _verify(argv))
 
 
 def _verify(argv: Sequence[str]) -> int:
-    place = place_from_environment()
-    job = _job(argv, place)
+    if take_switches(argv)[0].help:
+        return print_help(ENTRY)
+    request, place = _request(argv), place_from_environment()
+    job = prepared(request, place)
+    if only_told(job, place, request, None):
+        return 0
     set_threads(place.local_world)
     timeout = job.config.runtime.timeout
     start_group(place, job.device, timeout, connect(place, timeout) if place.world > 1 else None)
@@ -94,18 +103,20 @@ def _verify(argv: Sequence[str]) -> int:
     return int(verdict)
 
 
-def _job(argv: Sequence[str], place: Place) -> Job:
-    switches, flags = take_switches(argv)
-    given = parse_values(flags)
-    for name in FOREIGN:
-        if name in given:
-            raise UserError(f"--{name.replace('_', '-')}: verification trains on tokens and weights made from --seed, "
-                            "and writes nothing; leave the flag out")
-    defaults = {**DEFAULTS, **({} if "model" in given else SHAPE)}
-    dtype = str(given.get("dtype", defaults["dtype"]))
+ENTRY = EntryPoint("engine.verify", UNREAD, lambda config: (), DEFAULTS)
+
+
+def _request(argv: Sequence[str]) -> Request:
+    """What is asked for. The usual model is the toy; a run folder's config.yaml brings its own, and its --dtype auto
+    is fp64 here."""
+    request = read_request(ENTRY, argv)
+    given = request.given
+    if given.get("dtype") == "auto" and "dtype" not in request.flags:
+        given = {name: value for name, value in given.items() if name != "dtype"}
+    dtype = str(given.get("dtype", DEFAULTS["dtype"]))
     if dtype not in BOUNDS:
-        raise UserError(f"--dtype {dtype}: layouts are compared in {' or '.join(BOUNDS)}")
-    return prepare(flags, (), defaults, place, switches, lambda config: ())
+        raise UserError(f"--dtype {shown(dtype, 80)}: layouts are compared in {' or '.join(BOUNDS)}")
+    return replace(request, given=given, under={**request.under, **({} if "model" in given else SHAPE)})
 
 
 def alone(config: RunConfig) -> RunConfig:

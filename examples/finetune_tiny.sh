@@ -25,7 +25,7 @@ esac
 WORLD="$((NPROC * NNODES))"
 for arg in "$@"; do
   case "$arg" in                                            # what only prints needs no torchrun
-    -h | --help | --dry-run) exec "$PY" "$SELF" --world-size "$WORLD" "$@" ;;
+    -h | --help | --check | --dry-run) exec "$PY" "$SELF" --world-size "$WORLD" "$@" ;;
   esac
 done
 if [ "$NNODES" = 1 ]; then
@@ -34,8 +34,12 @@ else
   RDZV=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK}"
         --master-addr "${MASTER_ADDR:?set MASTER_ADDR}" --master-port "${MASTER_PORT:-29500}")
 fi
-# One process checks the flags first: a mistake is then one line and exit code 2, not torchrun's summary and 1.
-"$PY" "$SELF" --check --world-size "$WORLD" "$@"
+# One process checks the flags first: a mistake is then one line and exit code 2, not torchrun's summary and 1. A config
+# on standard input can be read once only, so the run itself reads it.
+case " $* " in
+  *" --config - "* | *" --config=- "*) ;;
+  *) "$PY" "$SELF" --check --world-size "$WORLD" "$@" > /dev/null ;;
+esac
 exec "$PY" -m torch.distributed.run "${RDZV[@]}" --nproc-per-node "$NPROC" "$SELF" "$@"
 ":""" or '' << '#END-OF-PYTHON'
 import os
@@ -60,6 +64,5 @@ DEMO += ["--valid-data", f"{ROOT}/demo/data/heldout_instructions.jsonl"]
 
 if __name__ == "__main__":              # children started by spawn import this file again
     from engine.finetune import main
-    own = any(arg.split("=")[0] in ("--data", "--config") for arg in sys.argv[1:])
-    sys.exit(main(sys.argv[1:], recipe=ARGS + ([] if own else DEMO)))  # the caller's flags win
+    sys.exit(main(sys.argv[1:], recipe=ARGS, demo=DEMO))  # the caller's flags win, and his data
 #END-OF-PYTHON

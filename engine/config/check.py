@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from engine.config.schema import ModelConfig, RunConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, nearest, shown
 
 VOCAB_MULTIPLE = 64
 """The vocabulary is padded at run time to a multiple of this times tp, so that every shard is a round matrix."""
@@ -16,6 +16,13 @@ MOST = MappingProxyType({
     "layers": 1 << 14, "hidden": 1 << 20, "ffn_hidden": 1 << 22, "heads": 1 << 16, "kv_heads": 1 << 16,
     "head_dim": 1 << 16, "vocab_size": 1 << 24, "max_positions": 1 << 30})
 """Beyond any model: a number mistyped, or a file that lies, would otherwise be planned for hours."""
+
+
+LONGEST_WAIT = 31_536_000
+"""Seconds. Timers of the system and of torch overflow somewhere beyond."""
+MOST_EPOCHS = 1_000_000
+COUNT = 1 << 53
+"""More steps, samples or sequences than any run has; beyond it a float is no count any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,9 @@ def plan_layout(config: RunConfig, world: int) -> Layout:
     par = config.parallel
     for flag in ("tp", "pp", "cp", "virtual_stages"):
         _at_least(flag, getattr(par, flag), 1)
-    model_ranks = par.tp * par.pp * par.cp
+    if par.cp != 1:
+        raise UserError(f"--cp {par.cp}: context parallelism is not available yet; use --cp 1")
+    model_ranks = par.tp * par.pp
     if world % model_ranks:
         raise UserError(f"{world} process{'es' if world > 1 else ''} cannot hold tp {par.tp} x pp {par.pp} = "
                         f"{model_ranks}; start a multiple of {model_ranks} processes (--nproc-per-node), or lower "
@@ -63,6 +72,8 @@ def check(config: RunConfig, world: int) -> Layout:
 def _at_least(flag: str, value: float, least: float) -> None:
     if value < least:
         raise UserError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
+    if isinstance(value, int) and value > COUNT:
+        raise UserError(f"--{flag.replace('_', '-')} {shown(value, 40)} is beyond any run; use at most {COUNT}")
 
 
 def _divisors(n: int, most: int = 64) -> str:
@@ -92,7 +103,7 @@ def _check_choices(config: RunConfig) -> None:
             # A family's name is never guessed: gptj looks like gpt2 and is another network.
             close = nearest(value, options) if name != "family" else None
             hint = f"did you mean {close}?" if close else f"use {', '.join(options)}"
-            raise UserError(f"--{name.replace('_', '-')} {value!r} is not known; {hint}")
+            raise UserError(f"--{name.replace('_', '-')} {shown(value, 80)!r} is not known; {hint}")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -118,8 +129,6 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_parallel(config: RunConfig) -> None:
     par, model = config.parallel, config.model
-    if par.cp != 1:
-        raise UserError(f"--cp {par.cp}: context parallelism is not available yet; use --cp 1")
     if model.heads % par.tp:
         raise UserError(f"heads {model.heads} is not divisible by tp {par.tp}; "
                         f"use --tp {_divisors(model.heads, MACHINE)}")
@@ -145,6 +154,8 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
     batch = config.batch
     for flag in ("micro_batch", "global_batch", "seq_len", "steps"):
         _at_least(flag, getattr(batch, flag), 1)
+    if not 0 <= batch.epochs <= MOST_EPOCHS:
+        raise UserError(f"--epochs {batch.epochs:g} must be at least 0 and at most {MOST_EPOCHS}")
     one_pass = batch.micro_batch * layout.dp
     if batch.global_batch % one_pass:
         raise UserError(f"global-batch {batch.global_batch} is not divisible by micro-batch {batch.micro_batch} x dp "
@@ -171,7 +182,8 @@ def _check_optimizer(config: RunConfig) -> None:
     _at_least("peak_tflops", config.runtime.peak_tflops, 0)
     if not 0 <= config.runtime.seed < 1 << 64:
         raise UserError(f"--seed {config.runtime.seed} must be at least 0 and below 2^64")
-    if config.runtime.timeout <= 0:
-        raise UserError(f"--timeout {config.runtime.timeout} must be above 0 seconds")
+    if not 0 < config.runtime.timeout <= LONGEST_WAIT:
+        raise UserError(f"--timeout {config.runtime.timeout:g} must be above 0 seconds and at most {LONGEST_WAIT} (a "
+                        "year)")
     if not 0 <= config.data.split < 1:
         raise UserError(f"--split {config.data.split} must be at least 0 and below 1")

@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
@@ -217,8 +217,8 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def describe() -> str:
-    """Every flag with its type, default and help text, grouped as in the schema."""
+def describe(without: Collection[str] = ()) -> str:
+    """Every flag with its default and help text, grouped as in the schema; `without` are fields left out."""
     lines = ["options (--config FILE.yaml is read first, later flags win):"]
     defaults = build({})  # not the fields' own: the model's come from its preset
     for group in fields(RunConfig):
@@ -226,6 +226,8 @@ def describe() -> str:
         lines.append(f"\n{group.name}: {inspect.cleandoc(kind.__doc__ or '').splitlines()[0]}")
         help_of = _field_docs(kind)
         for item in fields(kind):
+            if item.name in without:
+                continue
             value = getattr(getattr(defaults, group.name), item.name)
             default = "" if value in ("", None) else f" [{value}]"
             lines.append(f"  --{item.name.replace('_', '-'):<19} {help_of.get(item.name, '')}{default}")

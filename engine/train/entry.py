@@ -1,39 +1,140 @@
-"""The frame of an entry point: switches, preparation, the run."""
+"""The frame of an entry point: switches, preparation, and then the run, or what is said instead of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
 
-from engine.config import RunConfig, describe
-from engine.data.fingerprint import Fingerprint
-from engine.train.job import prepare, take_switches
-from engine.train.launch import place_from_environment, run_rank, tune_allocator
-from engine.train.run import MakeFeed, run
+import torch
+
+from engine.checkpoint import open_checkpoint
+from engine.config import Layout, check, describe
+from engine.errors import UserError, print_all, replace_unprintable, shown
+from engine.mesh import AXES, Mesh
+from engine.plan import require_memory
+from engine.plan.units import bytes_text
+from engine.train.job import Job, memory_here, prepare
+from engine.train.launch import Place, place_from_environment, run_rank, tune_allocator
+from engine.train.request import EntryPoint, Request, read_request, take_switches
+from engine.train.run import Feed, MakeFeed, run
 
 
-def enter(module: str, argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, Any],
-          check_data: Callable[[RunConfig], Fingerprint], make_feed: MakeFeed) -> int:
-    """Runs one rank of an entry point and returns its exit code: 0, 1 for a crash, 2 for bad input."""
-
+def enter(entry: EntryPoint, argv: Sequence[str], recipe: Sequence[str], demo: Sequence[str],
+          make_feed: MakeFeed) -> int:
+    """Runs one rank of an entry point and returns its exit code: 0, 1 for a crash, 2 for bad input. `recipe` holds a
+    recipe's own flags, `demo` its data for whoever brings none; --config and the flags of `argv` win over both."""
     tune_allocator()
 
     def body() -> int:
-        switches, flags = take_switches([*recipe, *argv])
-        if switches.help:
-            print(f"torchrun [--nproc-per-node N] -m {module} [options]\n"
-                  "  --dry-run [--world-size N]  check every rule and print layout and memory, then stop\n\n"
-                  f"{describe()}")
-            return 0
-        switches, flags = take_switches(argv)
+        if take_switches(argv)[0].help:
+            return print_help(entry)
+        request = read_request(entry, argv, recipe, demo)
         place = place_from_environment()
-        job = prepare(flags, recipe, defaults, place, switches, check_data)
-        if switches.check:
-            return 0
-        if switches.dry_run:
-            if place.rank == 0:
-                print(job.plan.report())
-            return 0
-        return run(job, place, make_feed)
+        job = in_steps(prepared(request, place), make_feed)
+        return 0 if only_told(job, place, request, make_feed) else run(job, place, make_feed)
 
+    return run_entry(body)
+
+
+def run_entry(body: Callable[[], int]) -> int:
+    """`run_rank`, on streams that a terminal's encoding cannot break."""
+    replace_unprintable()
     return run_rank(body)
+
+
+def prepared(request: Request, place: Place) -> Job:
+    """`prepare`, where a path that the system refuses (a name too long, no permission) is bad input too."""
+    try:
+        return prepare(request, place)
+    except OSError as error:
+        if not isinstance(error.filename, str):
+            raise
+        raise UserError(f"{shown(error.filename)}: {error.strerror}") from None
+
+
+def print_help(entry: EntryPoint) -> int:
+    """Every flag that the entry point reads."""
+    print_all(f"torchrun [--nproc-per-node N] -m {entry.name} [options]\n"
+              "  --check [--world-size N]    check every rule, read the data as the run would, give a verdict, stop\n"
+              "  --dry-run [--world-size N]  check every rule and print layout and memory, then stop\n\n"
+              f"{describe(without=entry.unread)}")
+    return 0
+
+
+def in_steps(job: Job, make_feed: MakeFeed) -> Job:
+    """The job with its --epochs as --steps: as many as it takes to see every sample so often."""
+    epochs, global_batch = job.config.batch.epochs, job.config.batch.global_batch
+    if not epochs:
+        return job
+    size = alone(job, make_feed).epoch_size
+    steps = math.ceil(Fraction(str(epochs)) * size / global_batch)
+    config = replace(job.config, batch=replace(job.config.batch, steps=steps, epochs=0.0))
+    check(config, job.layout.world)
+    note = f"--epochs {epochs:g}: {size:,} samples an epoch, {global_batch} a step, so {steps:,} steps"
+    return replace(job, config=config, plan=replace(job.plan, config=config), notes=[*job.notes, note])
+
+
+def alone(job: Job, make_feed: MakeFeed) -> Feed:
+    """What one process would be fed with, from the step where the run begins."""
+    return make_feed(job, Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), start(job)[1])
+
+
+def start(job: Job) -> tuple[int, int]:
+    """The step at which the run begins, and the samples consumed beyond step * global_batch."""
+    if job.resume is None:
+        return 0, 0
+    checkpoint = open_checkpoint(job.resume)
+    return checkpoint.step, checkpoint.samples - checkpoint.step * job.config.batch.global_batch
+
+
+def only_told(job: Job, place: Place, request: Request, make_feed: MakeFeed | None) -> bool:
+    """Whether --check or --dry-run asks for words instead of a run; rank 0 prints them. `make_feed` is None where a run
+    reads no data. Raises UserError where --check finds data that the run could not read."""
+    switches = request.switches
+    if (switches.check or switches.dry_run) and place.rank == 0:
+        lines = [*job.notes, f"{request.entry.name}: {name(job)}"]
+        if switches.check:
+            lines += [_read(job, make_feed)] if make_feed is not None else []
+        else:
+            lines += [job.plan.report(), *([_try_to_read(job, request, make_feed)] if make_feed is not None else [])]
+        lines.append(fits(job, place, request))
+        print_all("\n".join([*lines, "sound; nothing was started"] if switches.check else lines))
+    return switches.check or switches.dry_run
+
+
+def _read(job: Job, make_feed: MakeFeed) -> str:
+    """What the data are, once the first step of all ranks has been read."""
+    feed, step = alone(job, make_feed), start(job)[0]
+    if step < job.config.batch.steps:
+        feed.batches.step(step)
+    return feed.summary
+
+
+def _try_to_read(job: Job, request: Request, make_feed: MakeFeed) -> str:
+    """What the data are, or why the run itself would stop at them: a plan needs none."""
+    try:
+        request.entry.check_data(job.config)
+        return _read(job, make_feed)
+    except UserError as error:
+        return f"the run itself would stop at its data: {error}"
+
+
+def name(job: Job) -> str:
+    """What would run, in a few words."""
+    dtype = str(job.dtype).removeprefix("torch.")
+    return f"{job.config.model.model} in {dtype} on {job.device.type}, {job.layout}"
+
+
+def fits(job: Job, place: Place, request: Request) -> str:
+    """Whether this machine holds the run, in one line."""
+    need = bytes_text(job.plan.heaviest.memory.total)
+    if job.device.type == "cuda" and not torch.cuda.is_available():
+        return f"this machine has no GPU that PyTorch sees; each one would need {need}"
+    available, what = memory_here(job, place, request.switches)
+    try:
+        require_memory(job.plan, available, what)
+    except UserError as error:
+        return f"this machine does not hold it: {error}"
+    return f"this machine holds it: the fullest rank needs {need}, {what} has {bytes_text(available)}"

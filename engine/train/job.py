@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from engine.checkpoint import Resolved, latest_step, open_checkpoint, resolve
 from engine.config import Layout, ModelConfig, RunConfig, check
-from engine.config.flags import build, from_dict, parse_values, to_dict
+from engine.config.flags import Values, build, from_dict, to_dict
+from engine.config.idle import refuse_idle
 from engine.config.presets import preset_fault
 from engine.data.fingerprint import Fingerprint, difference
 from engine.errors import UserError, shown
@@ -24,20 +23,10 @@ from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.train.engine import DTYPES
 from engine.train.launch import Place, choose_device
 from engine.train.lock import check_lock
+from engine.train.request import Request, Switches
 
-Values = dict[str, Any]
 ONE_RUN = ("stop_after", "resume", "out", "new_data", "verify_data")
 """What was asked of the run that wrote a checkpoint, and not of the one that resumes it."""
-
-
-@dataclass(frozen=True)
-class Switches:
-    """What a command line asks for besides a config."""
-
-    help: bool = False
-    check: bool = False
-    dry_run: bool = False
-    world_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,85 +47,67 @@ class Job:
     origin: Origin | None = None
 
 
-def take_switches(argv: Sequence[str]) -> tuple[Switches, list[str]]:
-    """Splits --help, --check, --dry-run and --world-size N off a command line."""
-    found: dict[str, Any] = {}
-    rest: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            found["help"] = True
-        elif word in ("--check", "--dry-run"):
-            found[word[2:].replace("-", "_")] = True
-        elif word.split("=")[0] == "--world-size":
-            text = word.partition("=")[2] or (words.pop(0) if words else "")
-            if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < 1:
-                raise UserError(f"--world-size {text[:40]!r} is not a number of processes (1 to 999999)")
-            found["world_size"] = int(text)
-        else:
-            rest.append(word)
-    return Switches(**found), rest
-
-
-def prepare(argv: Sequence[str], recipe: Sequence[str], defaults: Mapping[str, Any], place: Place,
-            switches: Switches, check_data: Callable[[RunConfig], Fingerprint]) -> Job:
-    """The job of `argv`, over the flags of a recipe, over an entry point's defaults. Raises UserError for anything that
-    is wrong; `check_data` looks at the data once the rest is known to be sound, and says what they are. Memory comes
-    before tokenizer and data: whoever tries the 7B recipe on a laptop learns first that it does not fit."""
-    given = parse_values(argv)
-    values, weights, resume = _sources({**defaults, **parse_values(recipe)}, given)
+def prepare(request: Request, place: Place) -> Job:
+    """The job that a request asks for. Raises UserError for anything that is wrong. Memory comes before tokenizer and
+    data: whoever tries the 7B recipe on a laptop learns first that it does not fit."""
+    switches = request.switches
+    values, weights, resume = _sources(request.under, request.given)
     base = _base_model(values, weights, resume)
     tokenizer, missing = _try_tokenizer(values, weights, resume)
-    notes = _vocabulary(values, base, tokenizer)
+    notes = [*request.notes, *_vocabulary(values, base, tokenizer)]
     origin = _origin(weights, resume, tokenizer, notes)
     config = build(values, base)
     world = switches.world_size or place.world
     layout = check(config, world)
     if base is not None:
-        _same_model(given, config.model, base, weights or Resolved("run", resume or Path()))
+        _same_model(request.given, config.model, base, weights or Resolved("run", resume or Path()))
+    refuse_idle(request.flags, config)
     if config.save.out:
         config_to_hf(config.model, TokenIds())  # every checkpoint holds its config.json, so it must have one
     _check_folder(config, resume)
     if switches.check and config.save.out:
         check_lock(Path(config.save.out))
-    device, dtype = _device_and_dtype(config, place, switches)
+    device, here, dtype = _device_and_dtype(config, place, switches)
     try:
         kernels = choose(config.runtime.kernels, config.runtime.attention, device, dtype,
-                         head_dim=config.model.head_dim, here=not switches.dry_run)
+                         head_dim=config.model.head_dim, here=here)
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
     plan = estimate(config, layout, dtype, kernels=kernels)
-    data: Fingerprint = ()
+    if resume is None and config.data.data and config.data.data == request.demo.get("data"):
+        notes.append(f"no --data: taking the demo's, {shown(config.data.data)}")
+    job = Job(config, layout, device, dtype, tokenizer, plan, kernels, weights, resume, (), notes,
+              origin)
     if not switches.dry_run:
-        _require_memory(plan, device, world if switches.world_size else place.local_world)
+        require_memory(plan, *memory_here(job, place, switches))
         if missing is not None:
             raise missing
-        data = check_data(config)
+        job = replace(job, data=request.entry.check_data(config))
         if resume is not None and not config.data.new_data:
-            _same_data(data, resume)
-    return Job(config, layout, device, dtype, tokenizer, plan, kernels, weights, resume, data, notes, origin)
+            _same_data(job.data, resume)
+    return job
 
 
-def _device_and_dtype(config: RunConfig, place: Place, switches: Switches) -> tuple[torch.device, torch.dtype]:
-    """Where and in what the run computes. A dry run needs no device: `auto` then plans for CUDA."""
+def _device_and_dtype(config: RunConfig, place: Place, switches: Switches) -> tuple[torch.device, bool, torch.dtype]:
+    """Where the run computes, whether this machine has such a device, and in what. `auto` is what this machine has,
+    in a dry run too; but a dry run may ask for --device cuda where there is none."""
     runtime = config.runtime
-    if switches.dry_run:
-        device = torch.device("cpu" if runtime.device == "cpu" else "cuda")
-    else:
-        device = choose_device(runtime.device, place.local_rank)
+    here = not (switches.dry_run and runtime.device == "cuda" and not torch.cuda.is_available())
+    device = choose_device(runtime.device, place.local_rank) if here else torch.device("cuda")
     if runtime.dtype != "auto":
-        return device, DTYPES[runtime.dtype]
-    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+        return device, here, DTYPES[runtime.dtype]
+    return device, here, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _require_memory(plan: Plan, device: torch.device, local: int) -> None:
-    """Raises UserError unless this machine's `local` ranks have the memory the plan needs."""
-    if device.type == "cuda":
-        what = f"each GPU ({torch.cuda.get_device_name(device)})"
+def memory_here(job: Job, place: Place, switches: Switches) -> tuple[int, str]:
+    """The bytes that a rank may use on this machine, and the words for what has them. All processes of --world-size
+    are this machine's, but for GPUs, of which each has one."""
+    local = switches.world_size or place.local_world
+    if job.device.type == "cuda":
+        what = f"each GPU ({torch.cuda.get_device_name(job.device)})"
     else:
         what = f"this machine, shared by {local} processes," if local > 1 else "this machine"
-    require_memory(plan, available_memory(device, local), what)
+    return available_memory(job.device, local), what
 
 
 def _sources(under: Values, given: Values) -> tuple[Values, Resolved | None, Path | None]:

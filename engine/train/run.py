@@ -48,12 +48,13 @@ from engine.train.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Feed:
-    """What an entry point feeds a run with: training steps, held-back sequences (whole, not yet shared), a summary, and
-    the chat template that the model learns, which its checkpoints then carry."""
+    """What an entry point feeds a run with: training steps, held-back sequences (whole, not yet shared), a summary, the
+    samples in one pass over the data, and the chat template that the model learns, which its checkpoints then carry."""
 
     batches: Batches
     valid: Batch | None
     summary: str
+    epoch_size: int
     chat_template: str | None = None
 
 

@@ -18,12 +18,12 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.sh"))
 ODD = ["a b", "$HOME", "*", "it's", 'say "x"', "", "--flag=x y", "back\\slash", "é", "two\nlines", "#no", ";", "`x`"]
 RECORDER = '''
 import json, os, sys
-def main(argv, recipe=()):
+def main(argv, recipe=(), demo=()):
     argv = [*recipe, *argv]
     check = "--check" in argv
     rank = os.environ.get("RANK")
     seen = {"argv": argv, "rank": rank, "world": os.environ.get("WORLD_SIZE"), "check": check, "cwd": os.getcwd(),
-            "engine": os.path.dirname(__file__)}
+            "engine": os.path.dirname(__file__), "demo": list(demo)}
     with open(os.path.join(os.environ["RECORDS"], f"{'check' if check else 'run'}-{rank}.json"), "w") as out:
         json.dump(seen, out)
     return int(os.environ.get("CHECK_CODE" if check else "RUN_CODE", 0))
@@ -140,15 +140,14 @@ def test_a_failing_run_fails_the_script(tree: Tree) -> None:
     assert len(tree.seen()) == 1
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h", "--dry-run"])
+@pytest.mark.parametrize("flag", ["--help", "-h", "--dry-run", "--check"])
 def test_what_only_prints_is_one_process_and_knows_the_world_size(tree: Tree, flag: str) -> None:
-    done = tree.start("bash", tree.recipe, "--tp", "4", flag, NPROC="8", NNODES="4", RUN_CODE="5")
+    done = tree.start("bash", tree.recipe, "--tp", "4", flag, NPROC="8", NNODES="4", RUN_CODE="5", CHECK_CODE="5")
     assert done.returncode == 5
-    [one] = tree.seen()
+    [one] = tree.seen() + tree.seen("check")
     assert one["rank"] is None
     assert one["argv"][one["argv"].index("--world-size") + 1] == "32"
     assert one["argv"][-3:] == ["--tp", "4", flag]
-    assert tree.seen("check") == []
 
 
 @pytest.mark.parametrize("env", [{"NPROC": "many"}, {"NNODES": "1:4"}, {"NPROC": "-1"}])
@@ -191,17 +190,19 @@ def test_the_environment_of_make_env_is_used_where_no_other_is_active(tree: Tree
     assert tree.start("bash", tree.recipe, "--dry-run", PYTHON=sys.executable).returncode == 0
 
 
-def test_own_data_or_a_config_replaces_the_demo_corpus_and_its_tokenizer(tree: Tree) -> None:
-    def flags(*given: str) -> list[str]:
-        tree.start(sys.executable, tree.recipe, *given)
-        return tree.seen()[0]["argv"]
+def test_a_recipe_names_the_demo_s_data_apart(tree: Tree) -> None:
+    tree.start(sys.executable, tree.recipe)
+    [one] = tree.seen()
+    assert one["demo"] == ["--data", f"{tree.root}/demo/data/corpus", "--tokenizer", f"{tree.root}/demo/tokenizer",
+                           "--valid-data", f"{tree.root}/demo/data/heldout"]
+    assert "--data" not in one["argv"]
 
-    assert flags()[-6:] == ["--data", f"{tree.root}/demo/data/corpus", "--tokenizer", f"{tree.root}/demo/tokenizer",
-                            "--valid-data", f"{tree.root}/demo/data/heldout"]
-    assert "--tokenizer" not in flags("--data", "mine")
-    assert "--tokenizer" not in flags("--data=mine")
-    assert "--data" not in flags("--config", "mine.yaml")
-    assert "--tokenizer" in flags("--database", "mine")
+
+@pytest.mark.parametrize("words", [["--config", "-"], ["--config=-"]])
+def test_a_config_on_standard_input_is_left_for_the_run(tree: Tree, words: list[str]) -> None:
+    done = tree.start("bash", tree.recipe, *words, NPROC="1")
+    assert done.returncode == 0, done.stderr
+    assert len(tree.seen()) == 1 and tree.seen("check") == []
 
 
 def frame(path: Path) -> str:

@@ -26,6 +26,7 @@ PROGRAM = '''
 import dataclasses, os, sys, time
 from engine import pretrain
 from engine.train.entry import enter
+from engine.train.request import EntryPoint
 
 class Faulty:
     def __init__(self, batches):
@@ -41,7 +42,7 @@ def make_feed(job, mesh, origin):
     feed = pretrain.make_feed(job, mesh, origin)
     return dataclasses.replace(feed, batches=Faulty(feed.batches)) if mesh.rank == 2 else feed
 
-sys.exit(enter("faulty", sys.argv[1:], (), {}, pretrain.check_data, make_feed))
+sys.exit(enter(EntryPoint("faulty", {}, pretrain.check_data), sys.argv[1:], (), (), make_feed))
 '''
 Start = Callable[[Callable[..., Run], str, Sequence[str]], Run]
 
