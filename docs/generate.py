@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.config import PRESETS, Layout, check, describe, parse, resolve_model  # noqa: E402
+from engine.config.foreign import RUN  # noqa: E402
+from engine.config.foreign_tools import TOOLS  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.mesh import place  # noqa: E402
 from engine.parallel.schedule import build_schedule  # noqa: E402
@@ -151,9 +153,17 @@ def resources() -> str:
     return "\n".join(rows)
 
 
+def foreign(source: str) -> str:
+    """The words of another tool, and what they are called here."""
+    table = RUN.get(source) or TOOLS[source]["others"]
+    rows = [f"| `--{word}` | {f'`{flag}`' if flag else ''}{'; ' if flag and why else ''}{why} |"
+            for word, (flag, why) in sorted(table.items())]
+    return "\n".join(["| there | here |", "|---|---|", *rows])
+
+
 MAKERS: Mapping[str, Callable[..., str]] = MappingProxyType(
     {"options": options, "presets": presets, "gantt": gantt, "grid": grid, "source": source, "error": error,
-     "figures": figures, "training": training, "preparation": preparation, "resources": resources})
+     "figures": figures, "training": training, "preparation": preparation, "resources": resources, "foreign": foreign})
 
 
 def fenced(text: str, language: str = "text") -> str:
