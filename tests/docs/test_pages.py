@@ -69,7 +69,8 @@ def test_a_stale_page_is_named_and_written(generate: ModuleType, tmp_path: Path,
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_is_read_in_one_sitting(page: Path) -> None:
-    lines = page.read_text().splitlines()
+    # Words of other tools are looked up, not read.
+    lines = [line for line in page.read_text().splitlines() if not line.startswith("| `--")]
     assert len(lines) <= LONGEST
     outside = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).splitlines()
     assert not [line for line in outside if len(line) > 140 and not line.startswith("|")]
