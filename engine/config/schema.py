@@ -29,7 +29,7 @@ class ModelConfig:
     head_dim: int = 32
     """Width of one head."""
     vocab_size: int = 4096
-    """True vocabulary size; padding for tensor parallelism is added at run time only."""
+    """True vocabulary size (padding is added at run time only); more than a loaded model has grows it by mean rows."""
     max_positions: int = 4096
     """Longest sequence; the table's length where positions are learned."""
     norm_eps: float = 1e-5

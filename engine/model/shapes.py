@@ -6,6 +6,9 @@ from engine.config import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+"""The matrices with a row for each piece of the vocabulary; a tied model has the first alone."""
+
 
 def logical_shapes(config: ModelConfig) -> Shapes:
     """Logical name -> shape of all parameters, in the order of the model; a tied head is the embedding alone."""

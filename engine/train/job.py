@@ -20,6 +20,7 @@ from engine.hf import Origin, TokenIds, config_to_hf, read_config, read_origin, 
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
 from engine.plan import Plan, available_memory, estimate, require_memory
 from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.tokenizer.extend import extends
 from engine.train.engine import DTYPES
 from engine.train.launch import Place, choose_device
 from engine.train.lock import check_lock
@@ -53,14 +54,16 @@ def prepare(request: Request, place: Place) -> Job:
     switches = request.switches
     values, weights, resume = _sources(request.under, request.given)
     base = _base_model(values, weights, resume)
-    tokenizer, missing = _try_tokenizer(values, weights, resume)
-    notes = [*request.notes, *_vocabulary(values, base, tokenizer)]
+    notes = [*request.notes]
+    tokenizer, missing = _try_tokenizer(values, weights, resume, notes)
+    notes += _vocabulary(values, base, tokenizer, weights)
     origin = _origin(weights, resume, tokenizer, notes)
     config = build(values, base)
     world = switches.world_size or place.world
     layout = check(config, world)
     if base is not None:
-        _same_model(request.given, config.model, base, weights or Resolved("run", resume or Path()))
+        _same_model(request.given, config.model, base, weights.folder if weights else resume or Path(),
+                    grows=weights is not None)
     refuse_idle(request.flags, config)
     if config.save.out:
         config_to_hf(config.model, TokenIds())  # every checkpoint holds its config.json, so it must have one
@@ -140,18 +143,23 @@ def _base_model(values: Values, weights: Resolved | None, resume: Path | None) -
     return from_dict(open_checkpoint(weights.folder).config).model
 
 
-def _same_model(given: Values, model: ModelConfig, base: ModelConfig, source: Resolved) -> None:
-    """A loaded model has the shape it has: a flag that says otherwise is a mistake. A recipe's own --model is none."""
+def _same_model(given: Values, model: ModelConfig, base: ModelConfig, folder: Path, grows: bool) -> None:
+    """A loaded model has the shape it has: a flag that says otherwise is a mistake, but for a vocabulary that `grows`.
+    A recipe's own --model is none."""
     preset = str(given.get("model", ""))
     fault = preset_fault(preset, given, base)
     if fault is not None:
-        raise UserError(f"--model {preset} contradicts {shown(source.folder)}, whose model {base.model} has "
+        raise UserError(f"--model {preset} contradicts {shown(folder)}, whose model {base.model} has "
                         f"{fault.replace('_', '-')} {getattr(base, fault)}; leave the flag out")
-    ignored = ("model", "init_std", "max_positions")
+    ignored = ["model", "init_std"]
+    if base.family != "gpt2":
+        ignored.append("max_positions")  # where positions are not learned, they may be as many as one likes
+    if grows and model.vocab_size > base.vocab_size:
+        ignored.append("vocab_size")
     differ = [name for name, value in vars(base).items() if name not in ignored and getattr(model, name) != value]
     if differ:
         name = differ[0]
-        raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)} contradicts {source.folder}, whose model "
+        raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)} contradicts {shown(folder)}, whose model "
                         f"has {getattr(base, name)}; leave the flag out")
 
 
@@ -164,17 +172,18 @@ def _same_data(data: Fingerprint, resume: Path) -> None:
                         "with these")
 
 
-def _try_tokenizer(values: Values, weights: Resolved | None,
-                   resume: Path | None) -> tuple[Tokenizer | None, UserError | None]:
+def _try_tokenizer(values: Values, weights: Resolved | None, resume: Path | None,
+                   notes: list[str]) -> tuple[Tokenizer | None, UserError | None]:
     """The tokenizer, or what is wrong with it: a plan needs none, so the complaint waits until memory is known."""
     try:
-        return _tokenizer(values, weights, resume), None
+        return _tokenizer(values, weights, resume, notes), None
     except UserError as error:
         return None, error
 
 
-def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) -> Tokenizer | None:
-    """The tokenizer of --tokenizer, else the one saved with the checkpoint; a resumed run keeps the one it had."""
+def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None, notes: list[str]) -> Tokenizer | None:
+    """The tokenizer of --tokenizer, else the one saved with the checkpoint; a resumed run keeps the one it had, and a
+    loaded model may go on with one that has pieces added."""
     folder = _served(weights, resume)
     saved = load_tokenizer(str(folder)) if folder is not None and _has_tokenizer(folder) else None
     if not values.get("tokenizer"):
@@ -187,8 +196,13 @@ def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None) ->
                         "demo's, with its corpus")
     asked = load_tokenizer(path)
     if saved is not None and asked.hash != saved.hash:
-        raise UserError(f"--tokenizer {values['tokenizer']} is not the one that {folder} was trained with (sha256 "
-                        f"{asked.hash[:12]} and {saved.hash[:12]}); leave the flag out")
+        if resume is None and extends(asked, saved):
+            notes.append(f"--tokenizer {shown(path)} takes the place of the one in {shown(folder)}: the same "
+                         f"{saved.vocab_size:,} pieces and {asked.vocab_size - saved.vocab_size:,} more")
+            return asked
+        raise UserError(f"--tokenizer {shown(path)} is not the one that {shown(folder)} was trained with (sha256 "
+                        f"{asked.hash[:12]} and {saved.hash[:12]}){', nor that one with pieces added' * (not resume)}; "
+                        "leave the flag out")
     # A file by itself brings no settings and no chat template; the saved folder has those that belong to it.
     return saved if saved is not None and Path(path).is_file() else asked
 
@@ -222,18 +236,36 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def _vocabulary(values: Values, base: ModelConfig | None, tokenizer: Tokenizer | None) -> list[str]:
-    """A new model takes the tokenizer's vocabulary unless --vocab-size says otherwise; too small a one is an error."""
-    if tokenizer is None:
+def _vocabulary(values: Values, base: ModelConfig | None, tokenizer: Tokenizer | None,
+                weights: Resolved | None) -> list[str]:
+    """A new model takes the tokenizer's vocabulary unless --vocab-size says otherwise; a loaded one keeps its own, or
+    grows where --vocab-size asks for more. UserError for fewer rows than pieces. Returns what is to be said."""
+    pieces = tokenizer.vocab_size if tokenizer is not None else 0
+    if base is None:
+        if pieces and "vocab_size" not in values:
+            values["vocab_size"] = pieces
+            return [f"vocabulary of {pieces} pieces, from the tokenizer"]
+        if values.get("vocab_size", pieces) < pieces:
+            raise UserError(f"vocab-size {values['vocab_size']} is smaller than the tokenizer's {pieces} pieces; "
+                            f"use --vocab-size {pieces} or another --tokenizer")
         return []
-    if base is None and "vocab_size" not in values:
-        values["vocab_size"] = tokenizer.vocab_size
-        return [f"vocabulary of {tokenizer.vocab_size} pieces, from the tokenizer"]
-    size = values.get("vocab_size", base.vocab_size if base else 0)
-    if size < tokenizer.vocab_size:
-        raise UserError(f"vocab-size {size} is smaller than the tokenizer's {tokenizer.vocab_size} pieces; "
-                        f"use --vocab-size {tokenizer.vocab_size} or another --tokenizer")
-    return []
+    rows = base.vocab_size
+    size = values.get("vocab_size", rows)
+    if weights is None:
+        if rows < pieces:
+            raise UserError(f"the tokenizer has {pieces} pieces and the run to be resumed {rows} rows for them; give "
+                            f"the --tokenizer that it was trained with, or begin another run: --load it, with another "
+                            f"--out and --vocab-size {pieces}")
+        return []
+    where = f"the model in {shown(weights.folder)}"
+    if size < rows:
+        raise UserError(f"--vocab-size {size} is less than the {rows} rows of {where}, and no row is dropped; leave "
+                        f"the flag out{f', or use --vocab-size {pieces}' if pieces > rows else ''}")
+    if size < pieces:
+        raise UserError(f"the tokenizer has {pieces} pieces, and {where} {rows} rows for them; --vocab-size {pieces} "
+                        "grows it: each new row is the mean of the old ones")
+    return [f"vocabulary grown from {rows:,} to {size:,} rows: each new one is the mean of the old ones"] * (
+        size > rows)
 
 
 def _check_folder(config: RunConfig, resume: Path | None) -> None:

@@ -19,14 +19,15 @@ import torch
 import torch.distributed as dist
 
 import engine as triax
-from engine.checkpoint import Checkpoint, load_weights, open_checkpoint, save_checkpoint
+from engine.checkpoint import Checkpoint, TensorSource, load_weights, open_checkpoint, save_checkpoint
+from engine.checkpoint.grow import grown
 from engine.config import to_dict, to_yaml
 from engine.data.batches import Batch, Batches, share_of
 from engine.errors import UserError
 from engine.hf import assets_for, open_hf, token_ids
 from engine.hf.serving import replaced
 from engine.mesh import Mesh, build_mesh
-from engine.model.shapes import logical_shapes
+from engine.model.shapes import VOCABULARY, logical_shapes
 from engine.plan import peak_flops
 from engine.train.callbacks import (
     Callback,
@@ -133,9 +134,10 @@ class _Session:
             restore(engine, checkpoint)
             return checkpoint.samples - checkpoint.step * job.config.batch.global_batch
         if job.weights is not None:
-            source = open_hf(job.weights.folder) if job.weights.kind == "hf" else (
+            source: TensorSource = open_hf(job.weights.folder) if job.weights.kind == "hf" else (
                 open_checkpoint(job.weights.folder).source())
             masters = [entry for entry in engine.optimizer.entries() if entry.kind == "master"]
+            source = grown(source, expected, VOCABULARY)
             load_weights(source, [*engine.optimizer.weight_entries(), *masters], expected)
             return 0
         engine.initialize()
