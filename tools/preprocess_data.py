@@ -18,7 +18,7 @@ if __name__ == "__main__":
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts a thread a core in every worker, for nothing
 
 from engine.config.command import Command, whole  # noqa: E402
-from engine.data.inputs import SPLITS  # noqa: E402
+from engine.data.inputs import SPLITS, lost_whole  # noqa: E402
 from engine.data.preprocess import DEFAULT_SEED, Counts, Settings, preprocess  # noqa: E402
 
 
@@ -26,7 +26,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = Command(
         "preprocess_data.py",
         "Turn text into P.bin, P.idx and P.json: JSONL, JSON arrays, plain text, parquet and MediaWiki "
-        "dumps, each also as .gz, .bz2 or .zst. A run that was ended goes on where it stopped.",
+        "dumps, each also as .gz, .bz2, .xz or .zst. A run that was ended goes on where it stopped.",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="F", dest="inputs",
                         help="files, folders, patterns")
@@ -80,6 +80,9 @@ def main(argv: list[str]) -> int:
         for fault in counts.faults:
             print(f"skipped {fault}", file=sys.stderr)
         print(_summary(settings.output_prefix, counts, time.monotonic() - begun))
+        if counts.lost:
+            print(f"error: {lost_whole(counts.lost)}; the corpus is written without", file=sys.stderr)
+            return 1
     return 0
 
 

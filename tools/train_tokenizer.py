@@ -17,7 +17,7 @@ if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
 
 from engine.config.command import Command, given_text, whole  # noqa: E402
-from engine.data.inputs import SPLITS, find_sources  # noqa: E402
+from engine.data.inputs import SPLITS, find_sources, lost_whole  # noqa: E402
 from engine.tokenizer.sample import DEFAULT_SEED, SAMPLE_BYTES, Sample, SampleSettings, draw_sample  # noqa: E402
 from engine.tokenizer.train import MODELS, SPECIAL, TrainReport, check_request, train  # noqa: E402
 from engine.tokenizer.train_output import ABOUT, check_output  # noqa: E402
@@ -29,7 +29,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = Command(
         "train_tokenizer.py",
         "Train a sentencepiece vocabulary, written also as tokenizer.json, on a sample of JSONL, JSON "
-        "arrays, plain text, parquet and MediaWiki dumps, each also as .gz, .bz2 or .zst.",
+        "arrays, plain text, parquet and MediaWiki dumps, each also as .gz, .bz2, .xz or .zst.",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="F", dest="inputs",
                         help="files, folders, patterns")
@@ -109,7 +109,7 @@ def _about(args: dict[str, Any], sample: Sample) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run(args: dict[str, Any]) -> None:
+def _run(args: dict[str, Any]) -> int:
     output, special = Path(args["output"]), [piece for piece in args["special"].split(",") if args["special"]]
     check_request(args["vocab_size"], args["model"], special)
     reading = ("inputs", "json_key", "split_text", "encoding", "on_error", "seed")
@@ -132,18 +132,20 @@ def _run(args: dict[str, Any]) -> None:
     )  # fmt: skip
     for line in _learned(args["output"], report):
         print(line)
+    if sample.read.lost:
+        print(f"error: {lost_whole(sample.read.lost)}; the vocabulary is learned from the others", file=sys.stderr)
+    return 1 if sample.read.lost else 0
 
 
 def main(argv: list[str]) -> int:
     """Parses, trains, prints what was learned."""
     try:
-        _run(vars(_arguments(argv)))
+        return _run(vars(_arguments(argv)))
     except KeyboardInterrupt:
         print("\ninterrupted: nothing is written", file=sys.stderr, flush=True)
         os._exit(130)  # sentencepiece's thread cannot be stopped, and must not run while the process is taken down
     except MemoryError:
         raise UserError("not enough memory; use a smaller --sample-megabytes") from None
-    return 0
 
 
 if __name__ == "__main__":

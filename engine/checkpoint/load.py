@@ -18,6 +18,7 @@ from engine.checkpoint.slices import KINDS, Entry, Shape, cover_fault, overlap, 
 from engine.checkpoint.source import match_dtypes, match_names
 from engine.checkpoint.tensorfile import TensorFile
 from engine.errors import UserError
+from engine.signature import refuse_pointer
 
 CHECKERS = 2
 """Threads that compute checksums ahead of the copying."""
@@ -216,7 +217,9 @@ def _check_size(path: Path, size: int) -> None:
         raise UserError(f"{path} is missing, or is not a plain file")
     found = path.stat().st_size
     if found != size:
-        raise UserError(f"{path} has {found} bytes, and the manifest says {size}; it is truncated or damaged")
+        refuse_pointer(path)
+        what = "cut short" if found < size else "damaged, or was changed"
+        raise UserError(f"{path} has {found} bytes, and the manifest says {size}; it is {what}")
 
 
 def _check_slices(folder: Path, manifest: Manifest, files: Mapping[str, TensorFile]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.errors import UserError
+from engine.signature import refuse_pointer
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def read_object(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
         size = path.stat().st_size
         if size > limit:
             raise UserError(f"{path} has {size} bytes, more than the {limit} such a file may have")
+        refuse_pointer(path)
         return parse_object(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

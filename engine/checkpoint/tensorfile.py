@@ -23,6 +23,7 @@ import torch
 from engine.checkpoint.dtypes import CODE_BYTES, CODES, code_dtype, dtype_name
 from engine.checkpoint.strict_json import parse_object
 from engine.errors import UserError
+from engine.signature import first_bytes, refuse_pointer, what_it_is
 
 MAX_HEADER = 100 << 20
 """Bytes of the longest header; the safetensors library has the same limit."""
@@ -68,6 +69,7 @@ class TensorFile:
         """Raises UserError for every way in which the header can be wrong."""
         self.path = path
         try:
+            refuse_pointer(path)
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 self.tensors = _read_header(file, size, path)
@@ -95,6 +97,8 @@ class TensorFile:
 def _read_header(file: io.BufferedReader, size: int, path: Path) -> dict[str, Stored]:
     length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
     if size < 8 + length or length < 2 or length > MAX_HEADER:
+        if (words := what_it_is(first_bytes(path))) is not None:
+            raise UserError(f"{path} is no safetensors file: it is {words} ({size:,} bytes)")
         raise UserError(f"{path} is not a whole safetensors file: {size} bytes, and a header of {length}")
     header = parse_object(file.read(length), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
@@ -109,7 +113,8 @@ def _read_header(file: io.BufferedReader, size: int, path: Path) -> dict[str, St
             raise UserError(f"{path}: {name!r} {word}")
         expected = stored.end
     if expected != size:
-        raise UserError(f"{path} has {size} bytes, but its header accounts for {expected}; it is truncated or damaged")
+        what = "cut short" if size < expected else "damaged, or something was added to it"
+        raise UserError(f"{path} has {size} bytes, but its header accounts for {expected}; it is {what}")
     return found
 
 

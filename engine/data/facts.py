@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from engine.data.checksum import FileSums, sum_of_json
 from engine.errors import UserError
+from engine.signature import refuse_pointer
 
 Facts = dict[str, Any]
 
@@ -29,6 +30,7 @@ def read_facts(prefix: str | Path) -> Facts | None:
     """PREFIX.json; None where there is none (Megatron-LM writes none). Raises UserError when it is of no use."""
     path = facts_path(prefix)
     try:
+        refuse_pointer(path)
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict) or facts.get("format") != "triax-corpus":
             raise ValueError('it has no "format": "triax-corpus"')

@@ -66,8 +66,9 @@ class ReadFile:
             except OSError as error:
                 raise UserError(f"{self.path} cannot be read at byte {start}: {error.strerror}") from error
             if not got:
-                raise UserError(f"{self.path} ends at byte {start}, {len(into)} bytes before what is to be read there; "
-                                "it has been cut short")
+                size = os.fstat(self._file).st_size
+                raise UserError(f"{self.path} has {size} bytes, and bytes {start} to {start + len(into) - 1} are to be "
+                                "read: it has been cut short since it was opened")
             into, start = into[got:], start + got
 
     def read(self, start: int, nbytes: int) -> bytes | bytearray:

@@ -24,6 +24,7 @@ from engine.data.claim import claim, remove, sync, sync_folder
 from engine.data.facts import write_facts
 from engine.data.files import Entries, ReadFile, Tokens, Watched
 from engine.errors import UserError
+from engine.signature import refuse_pointer
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -70,6 +71,8 @@ class IndexedDataset:
             if not os.path.isfile(path):
                 raise UserError(f"{path} does not exist; a corpus is given as its prefix, without .bin or .idx")
         try:
+            for path in (self.idx_path, self.bin_path):
+                refuse_pointer(path)
             self._watched = [Watched(path) for path in (self.idx_path, self.bin_path)]
             self.dtype, sequences, documents = self._read_header()
             self._map_index(sequences, documents)
@@ -97,7 +100,7 @@ class IndexedDataset:
         if size not in (expected, expected + sequences):
             raise UserError(
                 f"{self.idx_path} has {size} bytes, but its {sequences} sequences and document index of {documents} "
-                f"entries need {expected}; it is cut short or its counts are wrong"
+                f"entries need {expected}; {'it is cut short or ' if size < expected else ''}its counts are wrong"
             )
         if documents < 1:
             raise UserError(f"{self.idx_path} has an empty document index; it must hold at least one entry, 0")
@@ -128,7 +131,8 @@ class IndexedDataset:
         if start != 0 or end != actual or actual % item or (sequences and int(self.sizes[-1]) < 0):
             raise UserError(
                 f"{self.idx_path} describes bytes {start} to {end} of {self.bin_path}, which has {actual} bytes; "
-                "the two files do not belong together or one is cut short"
+                + ("it is cut short, or the two files do not belong together" if actual < end else
+                   "the two files do not belong together, or one is damaged")
             )
 
     @property

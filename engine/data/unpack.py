@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import bz2
 import io
+import re
 import zlib
 from collections.abc import Callable
 from typing import IO, Any
 
 from engine.errors import UserError
 
-COMPRESSIONS = {".gz": "gz", ".bz2": "bz2", ".zst": "zst"}
-_NAMES = {"gz": "gzip", "bz2": "bzip2", "zst": "Zstandard"}
+COMPRESSIONS = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
+NAMES = {"gz": "gzip", "bz2": "bzip2", "xz": "xz", "zst": "Zstandard"}
+MAGIC = {"gz": b"\x1f\x8b", "bz2": b"BZh", "xz": b"\xfd7zXZ\x00", "zst": b"\x28\xb5\x2f\xfd"}
+"""What a file of each kind begins with. (Zstandard's may also begin with a frame to skip: `packed_by`.)"""
 BROKEN = (EOFError, OSError, ValueError)
 """What reading such a stream may raise; `broken` makes words of it."""
 
 _FEED = 1 << 10  # bytes decoded at a time: a kilobyte of gzip can stand for 1 MB, of Zstandard for 32 MB
-_MOST = (1 << 20,)  # bytes that bzip2 gives at a time, whose kilobyte can stand for a gigabyte
+_MOST = (1 << 20,)  # bytes that bzip2 and xz give at a time, whose kilobyte can stand for a gigabyte
+_WINDOW = 1 << 27  # bytes of memory that a stream may ask for, as in the command line tools without --long
 _GZIP = 16 + zlib.MAX_WBITS
+_UNPACK = "unpack it first:"
+_SKIPPED = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # Zstandard's frames without content
 
 
 def open_stream(raw: IO[bytes], compression: str, path: str) -> IO[bytes]:
@@ -25,11 +31,28 @@ def open_stream(raw: IO[bytes], compression: str, path: str) -> IO[bytes]:
     return io.BufferedReader(Unpacked(raw, compression, path), 1 << 20) if compression else raw
 
 
-def broken(error: Exception, compression: str) -> str:
-    """One line for an exception of a stream."""
-    if compression and (isinstance(error, (EOFError, ValueError)) or not getattr(error, "errno", None)):
-        return f"the {_NAMES[compression]} file is broken or cut short: {error}"
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+def packed_by(head: bytes) -> str | None:
+    """The kind of compression that a file's first bytes show."""
+    if _SKIPPED.match(head):
+        return "zst"
+    return next((kind for kind, magic in MAGIC.items() if head.startswith(magic)), None)
+
+
+class TooDemanding(ValueError):
+    """A stream is whole, and asks for more memory than one is given."""
+
+
+def broken(error: Exception, compression: str, size: int | None = None) -> str:
+    """One line for an exception of a stream. size: of the file, in bytes."""
+    if not compression or (not isinstance(error, (EOFError, ValueError)) and getattr(error, "errno", None)):
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    name = NAMES[compression]
+    if isinstance(error, TooDemanding):
+        return f"the {name} file {error}"
+    if isinstance(error, EOFError):
+        has = "" if size is None else f" (the file has {size:,} bytes)"
+        return f"the {name} file is cut short: {error}{has}"
+    return f"the {name} file is broken: {error}"
 
 
 class Unpacked(io.RawIOBase):
@@ -40,9 +63,9 @@ class Unpacked(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes], compression: str, path: str) -> None:
         """Raises UserError when a package is missing."""
-        self._raw, self._is_gzip = raw, compression == "gz"
+        self._raw, self._compression = raw, compression
         self._new, self._error = _decoders(compression, path)
-        self._bound = _MOST if compression == "bz2" else ()
+        self._bound = _MOST if compression in ("bz2", "xz") else ()
         self._decoder: Any = None
         self._streams, self._is_hungry = 0, True
         self._packed, self._out = b"", memoryview(b"")
@@ -65,16 +88,20 @@ class Unpacked(io.RawIOBase):
 
     def _unpack(self, packed: bytes) -> bytes:
         if self._decoder is None:
-            if self._is_gzip and self._streams:
-                packed = packed.lstrip(b"\0")  # what fills the last block of a tape
+            if self._compression in ("gz", "xz") and self._streams:
+                packed = packed.lstrip(b"\0")  # what fills the last block of a tape, and xz up to whole words
             self._packed = b""
             if not packed:
                 return b""
+            if self._compression == "zst":
+                _check_window(packed)
             self._decoder = self._new()
             self._streams += 1
         try:
             out: bytes = self._decoder.decompress(packed, *self._bound)
         except self._error as error:
+            if self._compression == "xz" and "limit" in str(error):
+                raise TooDemanding(f"asks for more than {_WINDOW >> 20} MiB of memory; {_UNPACK} xz -dk FILE") from None
             raise ValueError(str(error)) from None
         self._packed = self._decoder.unused_data
         self._is_hungry = self._decoder.eof or getattr(self._decoder, "needs_input", True)
@@ -89,8 +116,27 @@ def _decoders(compression: str, path: str) -> tuple[Callable[[], Any], type[Exce
         return lambda: zlib.decompressobj(_GZIP), zlib.error
     if compression == "bz2":
         return bz2.BZ2Decompressor, OSError
+    if compression == "xz":
+        try:
+            import lzma  # some builds of Python lack it
+        except ImportError:
+            raise UserError(f"{path} is an xz file, and this Python has no lzma to read it; unpack it first") from None
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_WINDOW), lzma.LZMAError
     try:
         import zstandard
     except ImportError:
         raise UserError(f'{path} needs the package "zstandard": pip install zstandard') from None
-    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj(), zstandard.ZstdError
+    return lambda: zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj(), zstandard.ZstdError
+
+
+def _check_window(frame: bytes) -> None:
+    """Raises TooDemanding for a frame of Zstandard whose window is larger than the memory it may have."""
+    import zstandard
+
+    try:
+        window = zstandard.get_frame_parameters(frame).window_size
+    except zstandard.ZstdError:
+        return  # cut within its header, or no frame: decoding says so
+    if window > _WINDOW:
+        raise TooDemanding(f"was packed with a window of {window / (1 << 20):,.0f} MiB, and more than "
+                           f"{_WINDOW >> 20} MiB of memory are not taken for one; {_UNPACK} zstd -d --long=31 FILE")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.signature import refuse_pointer
 from engine.tokenizer.base import Tokenizer
 from engine.tokenizer.bpe import is_tiktoken
 from engine.tokenizer.folder import CONFIG, folder_files
@@ -24,6 +25,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     training); either comes before the others. Raises UserError when there is none or it cannot be read."""
     where = Path(path)
     if os.path.isfile(where):
+        refuse_pointer(where)
         return _load_file(where)
     if not os.path.isdir(where):
         raise UserError(
@@ -31,6 +33,8 @@ def load_tokenizer(path: str) -> Tokenizer:
             "vocab.json and merges.txt"
         )
     files = folder_files(where)
+    for file in files.values():
+        refuse_pointer(file)
     model = files.get("tokenizer.model")
     if "tokenizer.json" in files:
         # Imported here because `tokenizers` is optional; the rest of the engine runs without it.

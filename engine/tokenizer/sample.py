@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -59,6 +60,8 @@ class ReadCounts:
     """Pages of dumps that are no articles, by reason."""
     faults: list[str] = field(default_factory=list)
     """The first few skipped records: file, line and reason."""
+    lost: list[str] = field(default_factory=list)
+    """Files of which nothing could be read, bad records being skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,8 @@ class _Reading:
         self._options = ReadOptions(json_key=settings.json_key, split_text=settings.split_text)
         self._sources = find_sources(settings.inputs, settings.encoding)
         self._counts = ReadCounts()
+        self._good: Counter[str] = Counter()  # records of each file
+        self._bad: Counter[str] = Counter()
         self._reservoir = Reservoir(settings.sample_bytes, settings.seed)
 
     def run(self) -> Sample:
@@ -153,6 +158,7 @@ class _Reading:
         with Progress(sum(span.stop - span.start for span in spans)) as progress:
             for span in spans:
                 self._read(span, progress)
+        self._counts.lost = [path for path in self._bad if not self._good[path]]
         return Sample(documents=self._reservoir.documents(), sources=self._sources, read=self._counts)
 
     def _drawn(self, spans: list[Span]) -> list[Span]:
@@ -196,6 +202,7 @@ class _Reading:
 
     def _take(self, item: Document | Fault | LeftOut, source: Source, span: Span) -> None:
         counts = self._counts
+        (self._bad if isinstance(item, Fault) else self._good)[source.path] += 1
         if isinstance(item, LeftOut):
             counts.left_out[item.reason] = counts.left_out.get(item.reason, 0) + 1
         elif isinstance(item, Fault):

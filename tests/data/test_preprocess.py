@@ -156,8 +156,7 @@ FAULTS = {
     "deep.jsonl": (GOOD + b"[" * 200000 + b"\n" + GOOD, 2, "not JSON"),
     "digits.jsonl": (GOOD + b'{"text": ' + b"9" * 10000 + b"}\n" + GOOD, 2, "not JSON"),
     "long.jsonl": (GOOD + b'{"text": "' + b"x" * (17 << 20) + b'"}\n' + GOOD, 2, "longer than 16,777,216 bytes"),
-    "cut.jsonl.gz": (gzip.compress(GOOD * 2 + os.urandom(5000).hex().encode())[:-2000], 3, "broken or cut short"),
-    "plain.jsonl.gz": (GOOD, 1, "broken or cut short"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 2 + os.urandom(5000).hex().encode())[:-2000], 3, "is cut short"),
 }
 
 

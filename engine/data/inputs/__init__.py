@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, LeftOut
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, LeftOut, lost_whole
 from engine.data.inputs.plan import Span, Unit, plan, unit_bytes_of
 from engine.data.inputs.read import ReadOptions, read_span
 from engine.data.inputs.source import SPLITS, Source, find_sources
@@ -19,6 +19,7 @@ __all__ = [
     "Span",
     "Unit",
     "find_sources",
+    "lost_whole",
     "plan",
     "read_span",
     "unit_bytes_of",

@@ -11,10 +11,10 @@ from engine.data.wiki import Page, PageFault, Site, article, parse_page, read_pa
 _site = lru_cache(maxsize=4)(read_site)
 
 
-def read_articles(path: str, start: int, stop: int) -> Iterator[Document | Fault | LeftOut]:
+def read_articles(path: str, start: int, stop: int, encoding: str) -> Iterator[Document | Fault | LeftOut]:
     """The articles that begin in bytes [start, stop) of a dump. Raises UserError when it cannot be opened."""
-    site = _site(path)
-    for raw in read_pages(path, start, stop):
+    site = _site(path, encoding)
+    for raw in read_pages(path, start, stop, encoding):
         if isinstance(raw, PageFault):
             place = f" of the stream at byte {raw.stream:,}" if raw.stream else ""
             yield Fault(0, f"{_named(raw.title)}{raw.message} (byte {raw.offset:,}{place})")

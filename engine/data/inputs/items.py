@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from engine.data.encoding import NO_TEXT as NO_TEXT
+from engine.data.encoding import NOT_OF_ENCODING as NOT_OF_ENCODING
+from engine.data.encoding import decoder as decoder
+from engine.data.encoding import holds_no_text
+
 MAX_RECORD_BYTES = 16 << 20  # sentencepiece needs about 50 bytes of memory for each byte of a document
-
-NO_TEXT = "\udfff"
-"""What `decoder` puts in the place of bytes that an encoding does not have: so only the record they are in is lost."""
-NOT_OF_ENCODING = "the record holds bytes that its encoding does not have; --encoding names another"
-
-_MARKING = "triax-marking"
-codecs.register_error(_MARKING, lambda error: (NO_TEXT, error.end))  # type: ignore[attr-defined]
 
 _SHOWN = 80
 _JSON = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string",
@@ -52,9 +50,12 @@ def shown(text: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
 
 
-def decoder(encoding: str) -> codecs.IncrementalDecoder:
-    """Decodes many records at once."""
-    return codecs.getincrementaldecoder(encoding)(_MARKING)
+def lost_whole(paths: Sequence[str]) -> str:
+    """One line for files of which nothing could be read while bad records were skipped: no fault of single records,
+    which was what the user asked to pass over."""
+    named = ", ".join(map(shown, paths[:3])) + (f" and {len(paths) - 3:,} more" if paths[3:] else "")
+    which = "an input gives" if len(paths) == 1 else f"{len(paths):,} inputs give"
+    return f"{which} nothing but bad records and {'is' if len(paths) == 1 else 'are'} lost whole: {named}"
 
 
 def decode(data: bytes, encoding: str) -> str:
@@ -62,7 +63,7 @@ def decode(data: bytes, encoding: str) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        if NO_TEXT.encode("utf-8", "surrogatepass") in data:
+        if holds_no_text(data):
             raise BadRecord(NOT_OF_ENCODING) from None
         name = "UTF-8" if encoding == "utf-8" else encoding
         hint = "; --encoding names another" if encoding == "utf-8" else ""

@@ -38,7 +38,9 @@ def read_rows(path: str, start: int, stop: int, column: str) -> Iterator[Documen
                 if start <= min(_offset(about), last) < stop:  # one that cannot be there is the last span's to name
                     yield from _rows(file, group, column, row)
                 row += about.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):
+            raise  # of the disk; pyarrow's own about the content have none
         raise OSError(f"pyarrow: {str(error).splitlines()[0]}") from None
 
 

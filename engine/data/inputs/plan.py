@@ -64,8 +64,10 @@ def unit_bytes_of(total: int) -> int:
 
 def can_cut(source: Source, split_text: str) -> bool:
     """Whether the file can be read from the middle."""
-    if source.kind == "parquet" or (source.kind == "dump" and source.compression in ("", "bz2")):
-        return True  # by row groups; by pages or by the streams of bzip2
+    if source.kind == "parquet":
+        return True  # by row groups
+    if source.kind == "dump":  # by pages or by the streams of bzip2, where their bytes can be searched for tags
+        return source.compression in ("", "bz2") and source.encoding == "utf-8"
     if source.compression or not source.lines_are_bytes:
         return False
     return source.kind == "jsonl" or (source.kind == "text" and split_text != "document")

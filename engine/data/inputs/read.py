@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from engine.data.encoding import AsUtf8
 from engine.data.inputs import text
 from engine.data.inputs.dump import read_articles
 from engine.data.inputs.items import Document, Fault, LeftOut
@@ -48,7 +49,7 @@ def read_span(source: Source, meter: Meter, options: ReadOptions) -> Iterator[Do
                 last = item.line
                 yield item
         except BROKEN as error:
-            yield Fault(last + 1, broken(error, source.compression))
+            yield Fault(last + 1, broken(error, source.compression, source.size))
         try:
             meter.drain()
         except OSError as error:
@@ -61,7 +62,7 @@ def _items(source: Source, raw: IO[bytes], meter: Meter, options: ReadOptions) -
         yield from read_rows(source.path, meter.start, meter.stop, options.json_key)
         return
     if source.kind == "dump":
-        yield from read_articles(source.path, meter.start, meter.stop)
+        yield from read_articles(source.path, meter.start, meter.stop, source.encoding)
         return
     stream = open_stream(raw, source.compression, source.path)
     if source.kind == "json":
@@ -69,7 +70,7 @@ def _items(source: Source, raw: IO[bytes], meter: Meter, options: ReadOptions) -
         return
     encoding = source.encoding
     if not source.lines_are_bytes:
-        stream, encoding = io.BufferedReader(text.AsUtf8(stream, encoding), _BUFFER), "utf-8"
+        stream, encoding = io.BufferedReader(AsUtf8(stream, encoding), _BUFFER), "utf-8"
     yield from _text_items(source, stream, encoding, meter, options)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
 import os
 import re
@@ -10,10 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from stat import S_ISREG
 
+from engine.data.encoding import (
+    codec_of,
+    declared_encoding,
+    is_bare_utf16,
+    lines_are_bytes,
+    marked_encoding,
+)
 from engine.data.inputs.items import shown
-from engine.data.unpack import COMPRESSIONS, open_stream
-from engine.data.wiki import is_dump, read_site
+from engine.data.unpack import BROKEN, COMPRESSIONS, NAMES, TooDemanding, broken, open_stream, packed_by
+from engine.data.wiki import dump_head, is_dump, read_site
 from engine.errors import UserError, nearest
+from engine.signature import described, first_bytes, refuse_pointer, what_it_is
 
 UNFINISHED = (".work", ".partial")
 """Endings of the folders that runs of the preparation leave beside their output while they last."""
@@ -22,19 +29,10 @@ KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "text", ".text": "text", ".md": "text",
     ".parquet": "parquet", ".xml": "dump",
 }  # fmt: skip
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16, so it is looked for first
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # a message with such a name would not be one line
-_UTF16 = re.compile(rb"(?:[^\0]\0){4}|(?:\0[^\0]){4}", re.DOTALL)  # four letters of which any is below U+0100
-# In these a byte 0x0A is a line's end and nothing else, so bytes can be cut into lines before they are decoded.
-_LINES_ARE_BYTES = re.compile(
-    r"utf-8|ascii|cp(125|43|7\d|8[56]|93|94|95)\d?|(iso8859|koi8|gb|big5|euc|shift_jis|mac).*"
-)
+_IN_NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+_PARQUET = (b"PAR1", b"PARE")  # plain, and with an encrypted footer
+_UTF_16 = "looks like UTF-16 without a byte-order mark; say --encoding utf-16-le (or -be)"
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Source:
     @property
     def lines_are_bytes(self) -> bool:
         """Whether lines can be told apart before decoding."""
-        return _LINES_ARE_BYTES.fullmatch(self.encoding) is not None
+        return lines_are_bytes(self.encoding)
 
     def check_unchanged(self) -> None:
         """Raises UserError when the file is no longer what it was when the job began."""
@@ -82,27 +80,32 @@ def find_sources(inputs: Sequence[str], encoding: str = "utf-8") -> list[Source]
     codec = _codec(encoding)
     sources: list[Source] = []
     seen: dict[tuple[int, int], Source] = {}
+    refused: list[str] = []
     for given in inputs:
         for path in _expand(given):
-            source = _source(path, codec)
+            try:
+                source = _source(path, codec)
+            except UserError as error:
+                refused.append(str(error))
+                continue
             stat = os.stat(path)
             first = seen.setdefault((stat.st_dev, stat.st_ino), source)
             if first is not source:
                 also = f" and {first.path} are one file" if first.path != path else " is given twice"
                 raise UserError(f"{path}{also}; its documents would be there twice")
             sources.append(source)
+    if refused:
+        more = f" (and {len(refused) - 1:,} more of the inputs cannot be read: {refused[1]})" if refused[1:] else ""
+        raise UserError(refused[0] + more)
     return sources
 
 
 def _codec(name: str) -> str:
-    try:
-        # Python's codecs that are no encodings of text refuse the first (base64, rot13) or the second (idna).
-        "".encode(name)
-        bytes(32).decode(name, "ignore")
-        return codecs.lookup(name).name
-    except (LookupError, ValueError):
+    codec = codec_of(name)
+    if codec is None:
         hint = nearest(name, ("utf-8", "utf-16", "latin-1", "cp1252", "gb18030", "gbk", "big5", "shift_jis", "koi8-r"))
-        raise UserError(f"unknown --encoding {shown(name)}" + (f"; did you mean {hint}?" if hint else "")) from None
+        raise UserError(f"unknown --encoding {shown(name)}" + (f"; did you mean {hint}?" if hint else ""))
+    return codec
 
 
 def _expand(given: str) -> Iterable[str]:
@@ -158,36 +161,96 @@ def _source(path: str, encoding: str) -> Source:
         stat = os.stat(path)
         if not S_ISREG(stat.st_mode):
             raise UserError(f"{path} is no file that can be read twice and from the middle (a pipe or a device)")
-        open(path, "rb").close()
+        refuse_pointer(path)
+        raw = first_bytes(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if kind is None:
-        hint = nearest(ending, KINDS)
-        advice = f"; did you mean {hint}?" if hint else ""
-        raise UserError(f"{path} ends in {ending or 'nothing'}; known are {_endings()}{advice}")
+        raise UserError(f"{path} ends in {ending or 'nothing'}; known are {_endings()}{_advice(ending)}")
     if compression and kind == "parquet":
         raise UserError(f"{path}: parquet is compressed inside and read at random; unpack the file first")
-    head = b""
-    if kind == "dump":
-        if not is_dump(path):
-            raise UserError(f"{path} is XML, but not a MediaWiki dump: it does not begin with <mediawiki>")
-        read_site(path)  # which refuses one that is no dump, whatever it begins with
-    elif kind != "parquet":
+    if kind == "parquet":
+        _check_parquet(path, raw, stat.st_size)
+    elif kind == "dump":
+        encoding = _encoding_of_dump(path, encoding)
+    else:
+        _check_packing(path, kind, compression, raw)
         head = _first_bytes(path, compression)
-    marked = next((codec for mark, codec in _MARKS if head.startswith(mark)), None)
-    if not marked and encoding == "utf-8" and _UTF16.match(head):
-        raise UserError(f"{path} looks like UTF-16 without a byte-order mark; say --encoding utf-16-le (or -be)")
-    if kind == "json" and not _begins_array(head, marked or encoding):
-        kind = "jsonl"
-    return Source(path, kind, compression, marked or encoding, stat.st_size, stat.st_mtime_ns)
+        encoding = _encoding_of(path, head, encoding)
+        if kind == "json" and not _begins_array(head, encoding):
+            kind = "jsonl"
+    return Source(path, kind, compression, encoding, stat.st_size, stat.st_mtime_ns)
+
+
+def _advice(ending: str) -> str:
+    if ending in (".csv", ".tsv"):
+        return "; write its rows as .jsonl, one object a line, or as .parquet"
+    hint = nearest(ending, KINDS)
+    return f"; did you mean {hint}?" if hint else ""
+
+
+def _check_parquet(path: str, head: bytes, size: int) -> None:
+    """Raises UserError for a file that does not begin and end as Parquet does."""
+    if not head.startswith(_PARQUET):
+        raise UserError(f"{path} is no Parquet file: it {described(path)}")
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        if not file.read(4).startswith(_PARQUET):
+            raise UserError(f"{path} is cut short: it begins as a Parquet file, and its {size:,} bytes do not end as "
+                            "one")
+
+
+def _check_packing(path: str, kind: str, compression: str, head: bytes) -> None:
+    """Raises UserError where the first bytes show that a file is not what its name says."""
+    found = packed_by(head)
+    if compression and found != compression:
+        hint = f"; end its name in {_ending_of(found)}" if found else ""
+        raise UserError(f"{path} is no {NAMES[compression]} file: it {described(path)}{hint}")
+    if not compression and found and _IN_NO_TEXT.search(head):
+        raise UserError(f"{path} is {NAMES[found]}, not plain {kind}: end its name in {_ending_of(found)}")
+    what = what_it_is(head)
+    is_page = what is not None and "HTML" in what
+    if what and head and not compression and (kind != "text" if is_page else _IN_NO_TEXT.search(head)):
+        raise UserError(f"{path} is no {kind}: it {described(path)}")
+
+
+def _ending_of(compression: str) -> str:
+    return next(ending for ending, kind in COMPRESSIONS.items() if kind == compression)
+
+
+def _encoding_of(path: str, head: bytes, encoding: str) -> str:
+    """What the byte-order mark says, else what was given. Raises UserError for UTF-16 without either."""
+    marked = marked_encoding(head)
+    if not marked and encoding == "utf-8" and is_bare_utf16(head):
+        raise UserError(f"{path} {_UTF_16}")
+    return marked or encoding
+
+
+def _encoding_of_dump(path: str, encoding: str) -> str:
+    """The encoding by mark, by the XML's own word, else as given. Raises UserError for what is no dump, whatever it
+    begins with."""
+    head, fault = dump_head(path)
+    if not head:
+        raise UserError(f"{path}: {fault}" if fault else f"{path} is empty")
+    encoding = _encoding_of(path, head, declared_encoding(head) or encoding)
+    if not is_dump(path, encoding):
+        what = what_it_is(head)
+        why = fault or (f"it is {what}" if what else "it does not begin with <mediawiki>")
+        raise UserError(f"{path} is XML, but not a MediaWiki dump: {why}" if fault or not what else
+                        f"{path} is not a MediaWiki dump: {why}")
+    read_site(path, encoding)
+    return encoding
 
 
 def _first_bytes(path: str, compression: str) -> bytes:
-    """The first bytes of what the file holds; none of a broken one, which reading will name."""
+    """The first bytes of what the file holds; none of a broken one, which reading will name. Raises UserError for one
+    that asks for too much memory."""
     with open(path, "rb") as file, open_stream(file, compression, path) as stream:
         try:
             return stream.read(4096)
-        except (OSError, EOFError, ValueError):
+        except TooDemanding as error:
+            raise UserError(f"{path}: {broken(error, compression)}") from None
+        except BROKEN:
             return b""
 
 

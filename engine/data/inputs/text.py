@@ -6,11 +6,10 @@ begins at the span's first byte is this span's, and one that began earlier is no
 
 from __future__ import annotations
 
-import io
 import math
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from engine.data.inputs.items import (
     MAX_RECORD_BYTES,
@@ -19,19 +18,21 @@ from engine.data.inputs.items import (
     Fault,
     check_whole,
     decode,
-    decoder,
     text_of_line,
 )
 
+_CUT = "it may be cut short"
 _BLANK = b" \t\r\x0b\x0c"
 
 
 class Line(NamedTuple):
-    """A line without its end: number in the span from 1, byte offset, content; None where it is too long."""
+    """A line without its end: number in the span from 1, byte offset, content; None where it is too long. is_ended:
+    whether it has an end; the last of a file that was cut short has none."""
 
     number: int
     offset: int
     data: bytes | None
+    is_ended: bool = True
 
 
 def lines(stream: IO[bytes], offset: int = 0, number: int = 1, stop: float = math.inf) -> Iterator[Line]:
@@ -45,7 +46,8 @@ def lines(stream: IO[bytes], offset: int = 0, number: int = 1, stop: float = mat
             yield Line(number, begin, None)
             offset += _pass_over(stream, stop - offset)
         else:
-            yield Line(number, begin, (line if begin else line.removeprefix(BOM_UTF8)).rstrip(b"\r\n"))
+            content = (line if begin else line.removeprefix(BOM_UTF8)).rstrip(b"\r\n")
+            yield Line(number, begin, content, line.endswith(b"\n"))
         number += 1
 
 
@@ -74,7 +76,7 @@ def read_lines(
     found: Iterator[Line], stop: int | None, encoding: str, json_key: str | None
 ) -> Iterator[Document | Fault]:
     """A document a line, of the lines that begin before `stop`; of JSONL, with json_key, its rows."""
-    for number, offset, data in found:
+    for number, offset, data, is_ended in found:
         if stop is not None and offset >= stop:
             return
         if data is None:
@@ -84,7 +86,7 @@ def read_lines(
             text = decode(data, encoding)
             document = check_whole(text) if json_key is None else text_of_line(text, json_key)
         except BadRecord as error:
-            yield Fault(number, str(error))
+            yield Fault(number, str(error) if is_ended else f"{error}; the file ends within this line: {_CUT}")
             continue
         if document is not None:
             yield Document(number, document)
@@ -97,7 +99,7 @@ def read_paragraphs(
     on a run that began before the span, which is its span's. One too long is a fault up to the next blank line."""
     held: list[bytes] = []
     size = start = 0
-    for number, offset, data in found:
+    for number, offset, data, _ in found:
         if data is not None and not data.strip():
             if held and not inside:
                 yield _paragraph(start, held, size, encoding)
@@ -156,24 +158,3 @@ def follows_text(read_back: Callable[[int, int], bytes], offset: int) -> bool:
             return False
         stop = start
     return False
-
-
-class AsUtf8(io.RawIOBase):
-    """A stream in an encoding whose lines cannot be told apart as bytes (UTF-16, ISO 2022..), as UTF-8, but for
-    what it does not have: see items.decoder."""
-
-    def __init__(self, stream: IO[bytes], encoding: str) -> None:
-        self._stream, self._decoder = stream, decoder(encoding)
-        self._out, self._ended = memoryview(b""), False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._out and not self._ended:
-            block = self._stream.read(1 << 16)
-            self._ended = not block
-            self._out = memoryview(self._decoder.decode(block, self._ended).encode("utf-8", "surrogatepass"))
-        count = min(len(buffer), len(self._out))
-        buffer[:count], self._out = self._out[:count], self._out[count:]
-        return count

@@ -45,6 +45,7 @@ class Merge:
         rules = parse_rules(self.job.quality)
         self.report = Report(rules.thresholds if rules else {})
         lines = [0] * len(self.job.sources)  # line ends in the spans so far
+        read, bad = lines[:], lines[:]  # records of each file
         for number, unit in enumerate(self.units):
             about = self.shards.about(number)
             for name in COUNTED:
@@ -52,6 +53,11 @@ class Merge:
             for reason, pages in about["left_out"].items():
                 counts.left_out[reason] = counts.left_out.get(reason, 0) + pages
             self._place(unit, about, lines, counts)
+            for span, one in zip(unit, about["spans"], strict=True):
+                read[span.source] += one["read"]
+                bad[span.source] += one["bad"]
+        counts.lost = [source.path for source, good, wrong in zip(self.job.sources, read, bad, strict=True)
+                       if wrong and not good]
         counts.dropped = {name: self.report.reasons[name].documents if name in self.report.reasons else 0
                           for name in self.report.thresholds}
         self._find_duplicates(counts)

@@ -63,6 +63,8 @@ class Counts:
     skipped: int = 0
     faults: list[str] = field(default_factory=list)
     """The first few skipped records: file, line and reason."""
+    lost: list[str] = field(default_factory=list)
+    """Files of which nothing could be read: as on_error "skip" leaves bad records out, all of theirs were."""
     input_bytes: int = 0
     duplicates: int = 0
     """Left out, an earlier one being kept."""

@@ -46,7 +46,7 @@ class Shard:
     faults: list[tuple[int, int, str]] = field(default_factory=list)
     """(span, line in it, reason) of the first few."""
     spans: list[dict[str, Any]] = field(default_factory=list)
-    """For each span its `blocks`, sha256 each, and its `newlines`."""
+    """For each span its `blocks`, sha256 each, its `newlines`, and the records `read` and `bad`."""
     report: dict[str, Any] | None = None
     """Of the quality rules; a sample's place is "span:line"."""
     sizes: dict[str, int] = field(default_factory=dict)
@@ -114,8 +114,13 @@ class ShardMaker:
     def _texts(self, index: int, span: Span, shard: Shard, report: Report, pace: _Pace) -> Iterator[str]:
         """The texts of a span that are to be encoded; everything else is counted."""
         source = self.job.sources[span.source]
+        found = bad = 0
         with self._meter(source, span) as meter:
             for item in read_span(source, meter, self.job.read_options):
+                if isinstance(item, Fault):
+                    bad += 1
+                else:
+                    found += 1
                 if isinstance(item, Document):
                     text = self.cleaner.clean(item.text)
                     if not text or text.isspace():
@@ -127,7 +132,7 @@ class ShardMaker:
                 else:
                     self._fault(index, span, item, shard)
                 pace.at(min(meter.position, span.stop) - span.start)
-            shard.spans.append({"blocks": meter.blocks, "newlines": meter.newlines})
+            shard.spans.append({"blocks": meter.blocks, "newlines": meter.newlines, "read": found, "bad": bad})
         source.check_unchanged()
         pace.end(span.stop - span.start)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from engine.data.encoding import NOT_OF_ENCODING, holds_no_text
 from engine.data.wiki.ranges import BrokenStream, RangeReader, read_range
 from engine.data.wiki.site import Site, site_of
 from engine.data.wiki.xmltext import unescape
@@ -63,39 +64,49 @@ class PageFault:
     """Decompressed bytes from that stream's beginning; 0 where the stream itself is at fault."""
 
 
-def is_dump(path: str | Path) -> bool:
+def dump_head(path: str | Path, size: int = 4096) -> tuple[bytes, str | None]:
+    """A file's first bytes, unpacked, in whatever encoding, and what is wrong with it if it ends before `size` of them
+    can be read. Raises UserError when it cannot be opened."""
+    return _head(path, size)
+
+
+def is_dump(path: str | Path, encoding: str = "utf-8") -> bool:
     """Whether a file, decompressed, begins as a MediaWiki dump. Raises UserError when it cannot be opened."""
-    head = _head(path, 1024, b"<mediawiki").removeprefix(b"\xef\xbb\xbf").lstrip()
+    head = _head(path, 1024, b"<mediawiki", encoding=encoding)[0].removeprefix(b"\xef\xbb\xbf").lstrip()
     return head.startswith(b"<") and b"<mediawiki" in head[:1024]
 
 
-def read_site(path: str | Path) -> Site:
+def read_site(path: str | Path, encoding: str = "utf-8") -> Site:
     """The wiki a dump is of; see `site_of`. Raises UserError."""
+    head, _ = _head(path, _HEAD_BYTES, b"</siteinfo>", _OPEN, encoding=encoding)
     try:
-        return site_of(_head(path, _HEAD_BYTES, b"</siteinfo>", _OPEN).partition(_OPEN)[0])
+        return site_of(head.partition(_OPEN)[0])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _head(path: str | Path, size: int, *marks: bytes) -> bytes:
-    """The beginning of a file, decompressed: about `size` bytes, or until one of the marks was read."""
-    reader = read_range(path)
+def _head(path: str | Path, size: int, *marks: bytes, encoding: str = "utf-8") -> tuple[bytes, str | None]:
+    """The beginning of a file, decompressed: about `size` bytes, or until one of the marks was read; and why it is
+    shorter, where that is a fault."""
+    reader = read_range(path, encoding=encoding)
     head, data = b"", b" "
     try:
         while data and len(head) < size and not any(mark in head for mark in marks):
             data = reader.read(min(size, 16 << 10))
             head += data
-    except BrokenStream:
-        pass  # the pages' reader meets it again, and reports it
+    except BrokenStream as broken:
+        return head, str(broken)
     finally:
         reader.close()
-    return head
+    return head, None
 
 
-def read_pages(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[bytes | PageFault]:
+def read_pages(
+    path: str | Path, start: int = 0, stop: int | None = None, encoding: str = "utf-8"
+) -> Iterator[bytes | PageFault]:
     """The raw pages that begin in bytes [start, stop) of a file, as `raw_pages` gives them. Ranges that cover the file
     give every page once, in order, however it is cut. Raises UserError when the file cannot be opened."""
-    reader = read_range(path, start, stop)
+    reader = read_range(path, start, stop, encoding)
     try:
         yield from raw_pages(reader)
     finally:
@@ -217,7 +228,8 @@ def parse_page(raw: bytes, site: Site) -> Page | Skipped:
     try:
         title = unescape(_between(raw, b"<title>", b"</title>").decode()).strip()
     except UnicodeDecodeError as error:
-        return Skipped("fault", message=f"the title is not UTF-8 ({error.reason})")
+        what = NOT_OF_ENCODING if holds_no_text(raw) else f"the title is not UTF-8 ({error.reason})"
+        return Skipped("fault", message=what)
     head = raw[: max(0, raw.find(b"<revision"))]
     number, namespace = _between(head, b"<id>", b"</id>"), _between(head, b"<ns>", b"</ns>")
     if not title or not number.isdigit() or len(number) > 18:
@@ -244,6 +256,8 @@ def _with_text(raw: bytes, start: int, title: str, number: int) -> Page | Skippe
     try:
         text = unescape(raw[opened + 1 : closed].decode())
     except UnicodeDecodeError as error:
+        if holds_no_text(raw):
+            return Skipped("fault", title, NOT_OF_ENCODING)
         byte = raw[opened + 1 + error.start]
         return Skipped("fault", title, f"byte {error.start:,} of the text is not UTF-8 (0x{byte:02x})")
     if _OLD_REDIRECT.match(text):

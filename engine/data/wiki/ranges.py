@@ -10,12 +10,14 @@ Format of bz2: "BZh", a digit, then the magic of a block, 48 bits; https://en.wi
 from __future__ import annotations
 
 import bz2
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NoReturn, Protocol
 
-from engine.data.unpack import BROKEN, Unpacked
+from engine.data.encoding import decoder
+from engine.data.unpack import BROKEN, Unpacked, broken, packed_by
 from engine.errors import UserError
 
 _STREAM = re.compile(rb"BZh[1-9]1AY&SY")
@@ -50,24 +52,27 @@ class RangeReader(Protocol):
         """Closes the file."""
 
 
-def read_range(path: str | Path, start: int = 0, stop: int | None = None) -> RangeReader:
+def read_range(
+    path: str | Path, start: int = 0, stop: int | None = None, encoding: str = "utf-8"
+) -> RangeReader:
     """Opens bytes [start, stop) of a file (None: to its end), decompressed by what the file holds: bz2 by streams,
-    plain by bytes; gzip and zstd cannot be entered in the middle: such a file belongs to the range with byte 0.
+    plain by bytes; gzip, xz and zstd cannot be entered in the middle: such a file belongs to the range with byte 0.
+    So does one of another encoding than UTF-8, which is given as UTF-8 (`engine.data.encoding.AsUtf8`).
 
     Raises UserError when the file cannot be opened."""
     try:
         with open(path, "rb") as file:
-            magic = file.read(4)
+            magic = file.read(8)
             size = file.seek(0, 2)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     stop = size if stop is None else min(stop, size)
-    if magic[:3] == b"BZh":
+    kind, is_whole = packed_by(magic), start <= 0 < stop
+    if encoding != "utf-8":
+        return _Decoded(read_range(path, 0 if is_whole else size), encoding)
+    if kind == "bz2":
         return _Bz2Range(path, start, stop)
-    if magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd":
-        kind = "zst" if magic[:1] == b"\x28" else "gz"
-        return _WholeRange(path, kind, 0 < start or stop <= 0)
-    return _PlainRange(path, start, stop)
+    return _PlainRange(path, start, stop) if kind is None else _WholeRange(path, kind, not is_whole)
 
 
 class _PlainRange:
@@ -93,7 +98,7 @@ class _WholeRange:
     """A compressed file that is read from its beginning or not at all."""
 
     def __init__(self, path: str | Path, compression: str, empty: bool) -> None:
-        self._file, self._ended = open(path, "rb"), empty
+        self._file, self._ended, self._compression = open(path, "rb"), empty, compression
         self._unpacked = Unpacked(self._file, compression, str(path))
         self.past_end, self.stream, self.skipped = empty, 0, 0
 
@@ -102,10 +107,35 @@ class _WholeRange:
             return b"" if self._ended else self._unpacked.read(size) or b""
         except BROKEN as error:
             self._ended = True  # there is no place to go on from
-            raise BrokenStream(f"the compressed file is broken or cut short: {error}", 0, True) from None
+            size = os.fstat(self._file.fileno()).st_size
+            raise BrokenStream(broken(error, self._compression, size), 0, True) from None
 
     def close(self) -> None:
         self._file.close()
+
+
+class _Decoded:
+    """A whole file as UTF-8. After a broken stream there is nothing: where a character begins is not known there."""
+
+    def __init__(self, inner: RangeReader, encoding: str) -> None:
+        self._inner, self._decoder, self._ended = inner, decoder(encoding), False
+        self.past_end, self.stream, self.skipped = False, 0, 0
+
+    def read(self, size: int, /) -> bytes:
+        while not self._ended:
+            try:
+                data = self._inner.read(size)
+            except BrokenStream as fault:
+                self._ended = True
+                raise BrokenStream(str(fault), fault.stream, True) from None
+            self._ended = not data
+            text = self._decoder.decode(data, self._ended)
+            if text:
+                return text.encode("utf-8", "surrogatepass")
+        return b""
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class _Bz2Range:
@@ -134,7 +164,8 @@ class _Bz2Range:
                 continue
             data = self._file.read(_FEED) if self._decoder.needs_input else b""
             if not data and self._decoder.needs_input:
-                self._fail(self.stream, "is cut short")
+                size = os.fstat(self._file.fileno()).st_size
+                self._fail(self.stream, f"is cut short: the file has {size:,} bytes")
             try:
                 out = self._decoder.decompress(data, size)
             except OSError:
