@@ -2,6 +2,7 @@
 """:" # One file, two readers: bash runs this block; to Python it is a string. Both end in the Python part below.
 #   torchrun --nproc-per-node 8 examples/NAME.sh [--flag value ...]   torchrun starts one Python per GPU
 #   bash examples/NAME.sh [--flag value ...]                          starts torchrun itself, on all local GPUs
+#   mpirun -n 8 bash examples/NAME.sh, srun -n 8 ...                  the launcher's processes are the ranks
 # The bash form reads NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"          # called as `sh file`
 set -euo pipefail
@@ -11,7 +12,14 @@ VENV="$(dirname -- "$(dirname -- "$SELF")")/.venv/bin/python"
 if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$VENV" ]; then
   PY="$VENV"                                                # what `make env` built, where no other one is active
 fi
-if [ -n "${RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; then    # torchrun --no-python, mpirun, srun: already one of many
+# Already one of many: torchrun --no-python, mpirun, srun. With NNODES, srun starts one torchrun a machine.
+MANY="${OMPI_COMM_WORLD_SIZE:-${MV2_COMM_WORLD_SIZE:-${PMI_SIZE:-${SLURM_STEP_NUM_TASKS:-1}}}}"
+[ "${NNODES:-1}" = 1 ] || MANY=1
+if [ "$MANY" != 1 ] && [ -n "${NPROC:-}" ] && [ -z "${RANK:-}" ]; then
+  echo "error: NPROC is '$NPROC', and mpirun or srun has started $MANY processes, which are the ranks: unset NPROC" >&2
+  exit 2
+fi
+if [ "$MANY" != 1 ] || [ -n "${RANK:-}${WORLD_SIZE:-}" ]; then
   exec "$PY" -u "$SELF" "$@"
 fi
 if [ -z "${NPROC:-}" ]; then
@@ -40,6 +48,10 @@ case " $* " in
   *" --config - "* | *" --config=- "*) ;;
   *) "$PY" "$SELF" --check --world-size "$WORLD" "$@" > /dev/null ;;
 esac
+# torchrun's own settings, which a torch without them does not read: it hands on a batch system's warnings too, and
+# waits longer than a save may take before it kills.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
+export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-3900}"
 exec "$PY" -m torch.distributed.run "${RDZV[@]}" --nproc-per-node "$NPROC" "$SELF" "$@"
 ":""" or '' << '#END-OF-PYTHON'
 import os

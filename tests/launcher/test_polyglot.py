@@ -23,7 +23,12 @@ def main(argv, recipe=(), demo=()):
     check = "--check" in argv
     rank = os.environ.get("RANK")
     seen = {"argv": argv, "rank": rank, "world": os.environ.get("WORLD_SIZE"), "check": check, "cwd": os.getcwd(),
+<<<<<<< HEAD
             "engine": os.path.dirname(__file__), "demo": list(demo)}
+=======
+            "engine": os.path.dirname(__file__), "mpi": os.environ.get("OMPI_COMM_WORLD_RANK"),
+            "signals": os.environ.get("PET_SIGNALS_TO_HANDLE")}
+>>>>>>> e20d05c (Take a rank's place from mpirun and from a Slurm step too)
     with open(os.path.join(os.environ["RECORDS"], f"{'check' if check else 'run'}-{rank}.json"), "w") as out:
         json.dump(seen, out)
     return int(os.environ.get("CHECK_CODE" if check else "RUN_CODE", 0))
@@ -62,7 +67,8 @@ def tree(tmp_path: Path) -> Tree:
     shutil.copy2(Path(__file__).parents[2] / "examples" / "pretrain_tiny.sh", root / "examples")
     records = tmp_path / "records"
     records.mkdir()
-    dropped = ("RANK", "WORLD_SIZE", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHON",
+    dropped = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    dropped += ("RANK", "WORLD_SIZE", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHON",
                "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
     env = {key: value for key, value in os.environ.items() if key not in dropped}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "RECORDS": str(records), "PYTHON": sys.executable,
@@ -140,7 +146,48 @@ def test_a_failing_run_fails_the_script(tree: Tree) -> None:
     assert len(tree.seen()) == 1
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("flag", ["--help", "-h", "--dry-run", "--check"])
+=======
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+
+
+@pytest.mark.parametrize("env", [STEP, OPEN_MPI, {"PMI_SIZE": "2", "PMI_RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}])
+def test_a_process_of_mpirun_or_srun_is_a_rank_and_starts_no_torchrun(tree: Tree, env: dict[str, str]) -> None:
+    done = tree.start("bash", tree.recipe, *ODD, **env)
+    assert done.returncode == 0, done.stderr
+    [one] = tree.seen()
+    assert one["argv"][-len(ODD):] == ODD and tree.seen("check") == [] and one["signals"] is None
+
+
+@pytest.mark.parametrize("env", [STEP, OPEN_MPI])
+def test_ranks_from_two_launchers_are_refused(tree: Tree, env: dict[str, str]) -> None:
+    done = tree.start("bash", tree.recipe, NPROC="2", **env)
+    assert done.returncode == 2 and "unset NPROC" in done.stderr and done.stderr.count("\n") == 1
+    assert tree.seen() + tree.seen("check") == []
+
+
+def test_sbatch_without_a_step_is_one_process(tree: Tree) -> None:
+    done = tree.start("bash", tree.recipe, *ODD, SLURM_PROCID="0", SLURM_NTASKS="4", NPROC="1")
+    assert done.returncode == 0, done.stderr
+    check_ranks(tree, 1)
+
+
+def test_torchrun_is_told_of_a_batch_systems_signals(tree: Tree) -> None:
+    """It reads the settings, by the names that its own help gives."""
+    assert tree.start("bash", tree.recipe, NPROC="1").returncode == 0
+    [one] = tree.seen()
+    program = ("from torch.distributed.run import get_args_parser; import sys; "
+               "found = vars(get_args_parser().parse_args(['x'])); "
+               "print(found.get('signals_to_handle'), found.get('shutdown_timeout'))")
+    told = tree.start(sys.executable, "-c", program, PET_SIGNALS_TO_HANDLE=one["signals"], PET_SHUTDOWN_TIMEOUT="7")
+    assert one["signals"].endswith("SIGUSR1,SIGUSR2")
+    assert told.stdout.split() in ([one["signals"], "7"], ["None", "None"]), told.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--dry-run"])
+>>>>>>> e20d05c (Take a rank's place from mpirun and from a Slurm step too)
 def test_what_only_prints_is_one_process_and_knows_the_world_size(tree: Tree, flag: str) -> None:
     done = tree.start("bash", tree.recipe, "--tp", "4", flag, NPROC="8", NNODES="4", RUN_CODE="5", CHECK_CODE="5")
     assert done.returncode == 5
