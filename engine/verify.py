@@ -30,7 +30,9 @@ from engine.model.shapes import logical_shapes
 from engine.parallel.sharding import Entry, pieces, shard_of
 from engine.train.engine import Engine
 from engine.train.entry import only_told, prepared, print_help, run_entry
-from engine.train.launch import connect, place_from_environment, set_threads, start_group
+from engine.train.launch import set_threads
+from engine.train.place import Place
+from engine.train.rendezvous import connect, start_group
 from engine.train.request import EntryPoint, Request, read_request, take_switches
 
 SHAPE: Mapping[str, Any] = MappingProxyType({
@@ -78,13 +80,13 @@ class Trace:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one rank and returns its exit code."""
-    return run_entry(lambda: _verify(argv))
+    return run_entry(lambda place: _verify(argv, place), argv)
 
 
-def _verify(argv: Sequence[str]) -> int:
+def _verify(argv: Sequence[str], place: Place) -> int:
     if take_switches(argv)[0].help:
-        return print_help(ENTRY)
-    request, place = _request(argv), place_from_environment()
+        return print_help(ENTRY) if place.rank == 0 else 0
+    request = _request(argv)
     job = prepared(request, place)
     if only_told(job, place, request, None):
         return 0

@@ -16,7 +16,8 @@ from engine.mesh import AXES, Mesh
 from engine.plan import require_memory
 from engine.plan.units import bytes_text
 from engine.train.job import Job, memory_here, prepare
-from engine.train.launch import Place, place_from_environment, run_rank, tune_allocator
+from engine.train.launch import run_rank, tune_allocator
+from engine.train.place import Place
 from engine.train.request import EntryPoint, Request, read_request, take_switches
 from engine.train.run import Feed, MakeFeed, run
 
@@ -27,21 +28,21 @@ def enter(entry: EntryPoint, argv: Sequence[str], recipe: Sequence[str], demo: S
     recipe's own flags, `demo` its data for whoever brings none; --config and the flags of `argv` win over both."""
     tune_allocator()
 
-    def body() -> int:
+    def body(place: Place) -> int:
         if take_switches(argv)[0].help:
-            return print_help(entry)
+            return print_help(entry) if place.rank == 0 else 0
         request = read_request(entry, argv, recipe, demo)
-        place = place_from_environment()
         job = in_steps(prepared(request, place), make_feed)
         return 0 if only_told(job, place, request, make_feed) else run(job, place, make_feed)
 
-    return run_entry(body)
+    return run_entry(body, argv)
 
 
-def run_entry(body: Callable[[], int]) -> int:
+def run_entry(body: Callable[[Place], int], argv: Sequence[str]) -> int:
     """`run_rank`, on streams that a terminal's encoding cannot break."""
     replace_unprintable()
-    return run_rank(body)
+    # The bash form of a recipe checks the flags of a whole world in one process, which srun may have started.
+    return run_rank(body, alone="--check" in argv and any(word.split("=")[0] == "--world-size" for word in argv))
 
 
 def prepared(request: Request, place: Place) -> Job:

@@ -22,8 +22,9 @@ from engine.plan import Plan, available_memory, estimate, require_memory
 from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.tokenizer.extend import extends
 from engine.train.engine import DTYPES
-from engine.train.launch import Place, choose_device
+from engine.train.launch import choose_device
 from engine.train.lock import check_lock
+from engine.train.place import Place
 from engine.train.request import Request, Switches
 
 ONE_RUN = ("stop_after", "resume", "out", "new_data", "verify_data")

@@ -1,87 +1,132 @@
-"""From processes to ranks: who am I, the store we meet at, the process group, and how each kind of end looks.
+"""One rank's frame: how each kind of end looks, its device, its threads, its allocator.
 
-Bad input is known before a process group exists: rank 0 says it in one line and every rank exits with 2. A crash in one
-rank is written to the store with its name; the watchdog of every other rank reads it there and ends its process.
+Bad input is known before a process group exists: one rank says it in one line and every rank exits with 2. A crash in
+one rank is written to the store with its name; the watchdog of every other rank reads it there and ends its process.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import faulthandler
+import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine.errors import UserError
+from engine.train.place import Place, place_from_environment
+from engine.train.rendezvous import Ended, NoMeeting, end_run, linger, refuse
 
-BAD_INPUT, CRASHED = 2, 1
+BAD_INPUT, CRASHED, INTERRUPTED = 2, 1, 130
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """glibc's names for what `mallopt` sets (malloc.h)."""
+LOG_ERRORS = 2
+"""c10's level that leaves warnings out (c10/util/logging_is_not_google_glog.h)."""
 
 
 class Diverged(RuntimeError):
     """The loss or the gradient norm is not finite; no weight has moved."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """This process among the others, from the environment that torchrun (or mpirun, srun with RANK set) gives."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-
-
-def place_from_environment() -> Place:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; one process alone where they are not set."""
-    numbers = {}
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
-        text = os.environ.get(name, str(default))
-        if not text.isdecimal():
-            raise UserError(f"{name}={text!r} in the environment is not a whole number; start with torchrun")
-        numbers[name] = int(text)
-    place = Place(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"])
-    if place.rank >= place.world:
-        raise UserError(f"RANK {place.rank} must be below WORLD_SIZE {place.world}")
-    return place
-
-
-def run_rank(body: Callable[[], int]) -> int:
-    """Runs one rank's work and turns each kind of end into an exit code and a message."""
+def run_rank(body: Callable[[Place], int], *, alone: bool = False) -> int:
+    """Runs one rank's work and turns each kind of end into an exit code and a message. `alone` is for a process that is
+    no rank, whatever started it."""
+    quiet_torch()
+    # Python takes its handlers away before it has ended: a launcher's SIGTERM would change the exit code then.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(Exception):  # stderr may have no descriptor
+        faulthandler.enable(all_threads=True)
+    place = Place(0, 1, 0, 1)
     try:
-        return int(record(body)() or 0)
-    except UserError as error:
-        return _say_once(f"error: {error}", BAD_INPUT)
-    except Diverged as error:
-        return _say_once(f"error: {error}", CRASHED)
-    except Exception:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        place = place if alone else place_from_environment()
+        return body(place)
+    except (UserError, Diverged) as error:
+        code = BAD_INPUT if isinstance(error, UserError) else CRASHED
+        tell_launcher(f"error: {error}")
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))  # torchrun has seen another of us end
+        if isinstance(error, NoMeeting):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            refuse(place, code, f"error: {error}")
+        return _leave(code)
+    except Ended as error:
+        if error.code:
+            tell_launcher(str(error))
+        return _leave(error.code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return _leave(INTERRUPTED)
+    except Exception as error:
+        details = without_frames(traceback.format_exc())
+        tell_launcher(f"{type(error).__name__}: {error}", details)
+        if place.world == 1:
             raise
-        traceback.print_exc()
-        sys.stderr.flush()
+        print(details, end="", file=sys.stderr, flush=True)
         os._exit(CRASHED)  # a peer may hang in a collective with us: no orderly shutdown is to be had
 
 
-def _say_once(line: str, code: int) -> int:
-    """Rank 0 says what all ranks found; another rank speaks only if rank 0's exit has not ended it within a second."""
-    if os.environ.get("RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends us as soon as rank 0 is gone
-        time.sleep(1.0)
-    print(line, file=sys.stderr, flush=True)
-    if dist.is_initialized():  # taking the group apart while a peer is in a collective with us aborts the process
-        sys.stdout.flush()
+def ended(store: dist.Store, place: Place, error: UserError | Diverged) -> Ended:
+    """What to raise instead of an error that all ranks find when they have met; the first of them has said it."""
+    code = BAD_INPUT if isinstance(error, UserError) else CRASHED
+    first = True
+    with contextlib.suppress(RuntimeError):  # rank 0 has gone, and with it the store
+        first = end_run(store, place.rank, code, f"error: {error}")
+    if first:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    linger(store, place.world)
+    return Ended(code, f"error: {error}")
+
+
+def _leave(code: int) -> int:
+    """The exit code; ends the process where a group is up: to take it apart while a peer is in a collective with us
+    aborts the process."""
+    sys.stdout.flush()
+    if dist.is_initialized():
         os._exit(code)
     return code
+
+
+def tell_launcher(line: str, details: str = "") -> None:
+    """Writes the file whose content torchrun's closing block repeats as this rank's error, where torchrun asks for one:
+    `details`, or else the line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": line, "extraInfo": {"py_callstack": details or line, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
+
+
+def without_frames(text: str) -> str:
+    """A traceback without the C++ frames that torch appends to its messages."""
+    kept, skipping = [], False
+    for line in text.splitlines(keepends=True):
+        if line.startswith("Exception raised from ") and "(most recent call first)" in line:
+            skipping = True
+        elif skipping and not line.startswith(("frame #", "<omitting python frames>", "\n")):
+            skipping = False
+        if not skipping:
+            kept.append(line)
+    return "".join(kept)
+
+
+def quiet_torch() -> None:
+    """Leaves torch's C++ warnings out, unless the user has set their level: each names a lost connection by some 20
+    lines of C++ frames, and the watchdog says in one line who has died."""
+    if "TORCH_CPP_LOG_LEVEL" in os.environ:
+        return
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the symbol is another's
+        library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
+        level = ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level")
+        level.value = max(level.value, LOG_ERRORS)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -116,46 +161,3 @@ def tune_allocator() -> None:
         return
     for option, value in ((M_MMAP_THRESHOLD, 1 << 25), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 1 << 26)):
         mallopt(option, value)
-
-
-def connect(place: Place, timeout: float, *, open_store: bool = True) -> dist.Store:
-    """The store where ranks meet: torchrun's own, or one that rank 0 opens (once: `open_store`). Raises UserError for a
-    taken port."""
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    text = os.environ.get("MASTER_PORT", "29500")
-    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
-        raise UserError(f"MASTER_PORT={text!r} in the environment is not a port (1 to 65535)")
-    port = int(text)
-    serves = open_store and place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    except RuntimeError as error:  # DistNetworkError and friends
-        if serves:
-            raise UserError(f"MASTER_PORT {port} on {host} cannot be opened; is another run using it? Set another "
-                            "MASTER_PORT") from error
-        raise
-    return dist.PrefixStore(f"triax/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def start_group(place: Place, device: torch.device, timeout: float, store: dist.Store | None) -> None:
-    """The process group over all ranks that meet at `store` (None where a process is alone): NCCL on GPUs, gloo on
-    CPUs, with a timeout that is set."""
-    if store is None:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif "GLOO_SOCKET_IFNAME" not in os.environ and _loopback():
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: nothing listens on the network
-    # With device_id NCCL connects every group when it is made: connecting at the first message would make a receive
-    # that is posted early block until its peer sends, and two stages could wait for each other.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank,
-                            world_size=place.world, timeout=timedelta(seconds=timeout),
-                            device_id=device if device.type == "cuda" else None)
-
-
-def _loopback() -> bool:
-    """Whether all ranks meet on this machine."""
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    local = {"localhost", "127.0.0.1", "::1", socket.gethostname()}
-    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return alone and host in local and any(name == "lo" for _, name in socket.if_nameindex())

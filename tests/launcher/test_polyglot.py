@@ -23,12 +23,8 @@ def main(argv, recipe=(), demo=()):
     check = "--check" in argv
     rank = os.environ.get("RANK")
     seen = {"argv": argv, "rank": rank, "world": os.environ.get("WORLD_SIZE"), "check": check, "cwd": os.getcwd(),
-<<<<<<< HEAD
-            "engine": os.path.dirname(__file__), "demo": list(demo)}
-=======
-            "engine": os.path.dirname(__file__), "mpi": os.environ.get("OMPI_COMM_WORLD_RANK"),
+            "engine": os.path.dirname(__file__), "demo": list(demo),
             "signals": os.environ.get("PET_SIGNALS_TO_HANDLE")}
->>>>>>> e20d05c (Take a rank's place from mpirun and from a Slurm step too)
     with open(os.path.join(os.environ["RECORDS"], f"{'check' if check else 'run'}-{rank}.json"), "w") as out:
         json.dump(seen, out)
     return int(os.environ.get("CHECK_CODE" if check else "RUN_CODE", 0))
@@ -146,9 +142,6 @@ def test_a_failing_run_fails_the_script(tree: Tree) -> None:
     assert len(tree.seen()) == 1
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("flag", ["--help", "-h", "--dry-run", "--check"])
-=======
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
 
@@ -186,8 +179,7 @@ def test_torchrun_is_told_of_a_batch_systems_signals(tree: Tree) -> None:
     assert told.stdout.split() in ([one["signals"], "7"], ["None", "None"]), told.stderr
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h", "--dry-run"])
->>>>>>> e20d05c (Take a rank's place from mpirun and from a Slurm step too)
+@pytest.mark.parametrize("flag", ["--help", "-h", "--dry-run", "--check"])
 def test_what_only_prints_is_one_process_and_knows_the_world_size(tree: Tree, flag: str) -> None:
     done = tree.start("bash", tree.recipe, "--tp", "4", flag, NPROC="8", NNODES="4", RUN_CODE="5", CHECK_CODE="5")
     assert done.returncode == 5

@@ -139,26 +139,39 @@ def until(true: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def torchrun(out: Path, flags: Sequence[str], *, world: int = 4) -> Run:
+def torchrun(out: Path, flags: Sequence[str], *, world: int = 4, program: Sequence[str] = ("-m", "engine.pretrain"),
+             env: Mapping[str, str] = {}) -> Run:  # noqa: B006  read only
     """Starts `torchrun -m engine.pretrain`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m",
-               "engine.pretrain", *flags, "--out", str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *program,
+               *flags, "--out", str(out)]
     log = out.with_name(f"{out.name}-{time.monotonic_ns()}.log")
     with open(log, "w") as sink:
-        return Run(out, subprocess.Popen(command, stdout=sink, stderr=sink, text=True, env=environment(), cwd=ROOT), [],
-                   log)
+        launcher = subprocess.Popen(command, stdout=sink, stderr=sink, text=True, env=environment(**env), cwd=ROOT)
+        return Run(out, launcher, [], log)
+
+
+def by_hand(rank: int, world: int, port: str) -> dict[str, str]:
+    """What a script sets that starts ranks itself."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def slurm_step(rank: int, world: int, port: str) -> dict[str, str]:
+    """What srun sets for a task of a step on one node."""
+    return {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": str(world),
+            "SLURM_NTASKS": str(world), "SLURM_STEP_NODELIST": "node07", "SLURM_JOB_ID": port, "SLURM_STEP_ID": "0"}
 
 
 def start_ranks(out: Path, flags: Sequence[str], *, world: int = 4, program: Sequence[str] = ("-m", "engine.pretrain"),
-                env: Mapping[str, str] = {}) -> Run:  # noqa: B006  read only
+                env: Mapping[str, str] = {},  # noqa: B006  read only
+                launcher: Callable[[int, int, str], dict[str, str]] = by_hand) -> Run:
     """Starts each rank by itself, as mpirun or srun would: no launcher ends the others when one dies."""
     port = str(free_port())
     log = out.with_name(f"{out.name}-{time.monotonic_ns()}.log")
     ranks = []
     with open(log, "w") as sink:
         for rank in range(world):
-            where = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                                LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env)
+            where = environment(**launcher(rank, world, port), **env)
             command = [sys.executable, *program, *flags, "--out", str(out)]
             ranks.append(subprocess.Popen(command, stdout=sink, stderr=sink, text=True, env=where, cwd=ROOT))
     return Run(out, None, ranks, log)

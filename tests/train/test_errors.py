@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from engine import finetune, pretrain, verify
 from engine.checkpoint import latest_step
 from engine.tokenizer.train import train as train_tokenizer
 from engine.train.lock import RunLock
+from engine.train.place import Place
+from engine.train.rendezvous import NoMeeting, connect
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 20
 
@@ -103,10 +106,8 @@ def test_no_data_names_the_tool_that_makes_it(capsys: pytest.CaptureFixture[str]
     assert "tools/preprocess_data.py" in fault(capsys, *runs.MODEL)
 
 
-def test_heads_that_do_not_divide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-                                  data: list[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    line = fault(capsys, *data, *"--heads 30 --kv-heads 30 --head-dim 8 --tp 4".split())
+def test_heads_that_do_not_divide(capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
+    line = fault(capsys, *data, *"--heads 30 --kv-heads 30 --head-dim 8 --tp 4 --world-size 4".split())
     assert line == "error: heads 30 is not divisible by tp 4; use --tp 1, 2, 3, 5 or 6\n"
 
 
@@ -197,6 +198,28 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkeypatch: p
         line = fault(capsys, *runs.MODEL, *data, "--out", tmp_path / "out")
     assert f"MASTER_PORT {port} on 127.0.0.1 cannot be opened; is another run using it?" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("host", "words"), [
+    ("nowhere.invalid", "MASTER_ADDR 'nowhere.invalid' is not a host that this machine knows ("),
+    ("[::1]", "nothing answers at ::1 port 1 within 1 s; was rank 0 started, and is MASTER_ADDR its machine?"),
+])
+def test_a_host_where_nobody_is(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, data: list[str],
+                                tmp_path: Path, host: str, words: str) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert words in fault(capfd, *runs.MODEL, *data, "--out", tmp_path / "out", "--timeout", "1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_seat_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs that meet at one port by mistake: the second one's ranks must not join the first."""
+    place = Place(0, 2, 0, 2, port=runs.free_port())
+    store = connect(place, 5.0)
+    connect(replace(place, rank=1), 5.0)
+    with pytest.raises(NoMeeting, match="another rank 1 meets at 127.0.0.1 port .*: is another run using it"):
+        connect(replace(place, rank=1), 5.0)
+    assert store.add("seat/0", 0) == 1
 
 
 def recipe(name: str, *flags: str | Path, launcher: tuple[str, ...] = ("bash",)) -> subprocess.CompletedProcess[str]:

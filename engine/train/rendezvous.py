@@ -1,0 +1,168 @@
+"""Where ranks meet: the store, the word on how a run ends before all can know it by themselves, the process group.
+
+A refusal, or a signal before the first step, ends all ranks in order: the first writes exit code and line to the store,
+speaks, and waits until the others have read so; they end with the same code and are silent.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import UserError, shown
+from engine.train.place import Place
+
+NAME_SECONDS = 30.0
+"""How long a host may be unknown: a cluster's names appear when its machines do."""
+LINGER_SECONDS = 10.0
+"""How long a rank that ends the run waits for the others to know, or for rank 0 to open the store."""
+FAILED, TOLD = "failed", "told"
+"""Keys of the store: `code rank line` of the first rank that has ended the run, and how many ranks know of it."""
+
+
+class NoMeeting(UserError):
+    """The ranks cannot meet, so that none can tell the others why."""
+
+
+class Ended(Exception):
+    """The run ends in order on every rank: all have been told, and the first of them has said why."""
+
+    def __init__(self, code: int, line: str) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+def refuse(place: Place, code: int, line: str, *, patience: float = LINGER_SECONDS, open_store: bool = True) -> None:
+    """Ends the run in order before its ranks have met: the first says the line, and all return when all know of it.
+
+    Where there is no store within `patience` seconds, each rank speaks: better said twice than never."""
+    first, store = True, None
+    if place.world > 1:
+        with suppress(UserError, RuntimeError):
+            store = connect(place, patience, open_store=open_store)
+            first = end_run(store, place.rank, code, line)
+    if first:
+        print(line, file=sys.stderr, flush=True)
+    if store is not None:
+        linger(store, place.world)
+
+
+def end_run(store: dist.Store, rank: int, code: int, line: str) -> bool:
+    """Writes down how the run ends, unless that stands there already; returns whether this rank is the first."""
+    own = f"{code} {rank} {line}"
+    first = store.compare_set(FAILED, "", own).decode() == own
+    store.add(TOLD, 1)
+    return first
+
+
+def linger(store: dist.Store, world: int) -> None:
+    """Waits until every rank knows how the run ends: a launcher kills the others as soon as one is gone, and the store
+    goes with rank 0."""
+    deadline = time.monotonic() + LINGER_SECONDS
+    with suppress(RuntimeError):
+        while store.add(TOLD, 0) < world and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def connect(place: Place, timeout: float, *, open_store: bool = True) -> dist.Store:
+    """The store where ranks meet: torchrun's own, or one that rank 0 opens. `open_store` is for a rank's first
+    connection, which opens the store and takes the rank's seat. Raises NoMeeting, within `timeout` seconds, for an
+    unknown host, a taken port, a store that is not there and a seat that is taken."""
+    serves = open_store and place.rank == 0 and not place.agent
+    _resolve(place, min(timeout, NAME_SECONDS))
+    limit = timedelta(seconds=timeout)
+    if serves:
+        store = _serve(place, limit)
+        _reach(place, min(timeout, LINGER_SECONDS), "is MASTER_ADDR the address of this machine, where rank 0 runs?")
+    else:
+        if not place.agent:
+            _reach(place, timeout, "was rank 0 started, and is MASTER_ADDR its machine?")
+        try:
+            store = dist.TCPStore(place.host, place.port, is_master=False, wait_for_workers=False, timeout=limit)
+        except RuntimeError as error:
+            raise NoMeeting(f"what answers at {shown(place.host)} port {place.port} is no store of a run; is "
+                            "MASTER_PORT right?") from error
+    mine = dist.PrefixStore(f"triax/{place.job}/{place.world}", store)
+    if open_store and mine.add(f"seat/{place.rank}", 1) > 1:
+        raise NoMeeting(f"another rank {place.rank} meets at {place.host} port {place.port}: is another run using it? "
+                        "Set another MASTER_PORT")
+    return mine
+
+
+def _serve(place: Place, limit: timedelta) -> dist.TCPStore:
+    try:  # listens on every address; by 127.0.0.1 its own client needs no name
+        return dist.TCPStore("127.0.0.1", place.port, is_master=True, wait_for_workers=False, timeout=limit)
+    except RuntimeError as error:
+        raise NoMeeting(f"MASTER_PORT {place.port} on {place.host} cannot be opened; is another run using it? Set "
+                        "another MASTER_PORT") from error
+
+
+def _resolve(place: Place, limit: float) -> None:
+    """Waits until the host has an address. In a thread: a name server that is gone holds a look-up for minutes."""
+    host = shown(place.host)
+    deadline = time.monotonic() + limit
+    told: list[str] = []  # what the look-ups came to, '' for found
+
+    def look() -> None:
+        while time.monotonic() < deadline:
+            try:
+                socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as error:
+                told.append(getattr(error, "strerror", None) or str(error))
+                time.sleep(0.5)
+            else:
+                told.append("")
+                return
+
+    thread = threading.Thread(target=look, daemon=True, name="resolve")
+    thread.start()
+    thread.join(limit)
+    if not told or told[-1]:
+        why = told[-1] if told else "no answer from the name server"
+        raise NoMeeting(f"MASTER_ADDR {host!r} is not a host that this machine knows ({why}, for {limit:g} s); "
+                        "give the name or address of the machine of rank 0")
+
+
+def _reach(place: Place, limit: float, hint: str) -> None:
+    """Waits until something listens where the store is. In Python: TCPStore's own tries print C++ frames, and no
+    signal is seen meanwhile."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            socket.create_connection((place.host, place.port), timeout=1.0).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise NoMeeting(f"nothing answers at {shown(place.host)} port {place.port} within {limit:g} s; "
+                                f"{hint}") from None
+        time.sleep(0.1)
+
+
+def start_group(place: Place, device: torch.device, timeout: float, store: dist.Store | None) -> None:
+    """The process group over all ranks that meet at `store` (None where a process is alone): NCCL on GPUs, gloo on
+    CPUs, with a timeout that is set."""
+    if store is None:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "GLOO_SOCKET_IFNAME" not in os.environ and _loopback(place):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: nothing listens on the network
+    # With device_id NCCL connects every group when it is made: connecting at the first message would make a receive
+    # that is posted early block until its peer sends, and two stages could wait for each other.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank,
+                            world_size=place.world, timeout=timedelta(seconds=timeout),
+                            device_id=device if device.type == "cuda" else None)
+
+
+def _loopback(place: Place) -> bool:
+    """Whether all ranks meet on this machine."""
+    local = {"localhost", "127.0.0.1", "::1", socket.gethostname()}
+    return place.one_machine and place.host in local and any(name == "lo" for _, name in socket.if_nameindex())
