@@ -172,6 +172,8 @@ class RuntimeConfig:
     """Recompute each block's activations in the backward pass."""
     timeout: float = 300.0
     """Seconds a collective waits for a peer before the run ends."""
+    requeue_exit: bool = False
+    """When a signal has stopped the run before its end, exit with 75, not with 0: for a batch system that requeues."""
     peak_tflops: float = 0.0
     """Peak rate of one device for the MFU; 0 takes the known value of the GPU, or leaves MFU out."""
 

@@ -36,6 +36,13 @@ class Batch:
         return [np.append(np.flatnonzero(part), len(part)).astype(np.int32) for part in parts]
 
 
+def rows_of(batch: Batch, rows: int) -> list[Batch]:
+    """The batch in parts of at most `rows` sequences."""
+    arrays = {name: array for name, array in vars(batch).items() if array is not None}
+    return [Batch(**{name: array[i : i + rows] for name, array in arrays.items()})
+            for i in range(0, len(batch.tokens), rows)]
+
+
 class Batches(Protocol):
     """A pure function of the step: the same for every layout, worker and restart."""
 

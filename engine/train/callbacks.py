@@ -20,7 +20,7 @@ import torch
 class StepRecord:
     """What is known of a step. `tokens` are the global batch's without padding, `supervised` those that the loss is
     taken on. Times in seconds, memory in bytes (the peak of rank 0's device or process); `crc` is a checksum of the
-    tokens the step read."""
+    tokens the step read; `stopped` is set where the ranks have agreed to stop here."""
 
     step: int
     loss: float
@@ -34,6 +34,7 @@ class StepRecord:
     data_s: float
     memory: int
     crc: int
+    stopped: bool = False
     valid_loss: float | None = None
 
 
@@ -47,14 +48,16 @@ class Callback(Protocol):
 
 @dataclass
 class Evaluate:
-    """Fills in `valid_loss` every so many steps and at the end."""
+    """Fills in `valid_loss` every so many steps and at the end. Who asks to stop wants a checkpoint, not an evaluation:
+    `evaluate` then returns None, and the step is the last."""
 
     every: int
-    evaluate: Callable[[], float]
+    evaluate: Callable[[], float | None]
 
     def after_step(self, record: StepRecord, last: bool) -> None:
-        if last or (self.every and record.step % self.every == 0):
+        if not record.stopped and (last or (self.every and record.step % self.every == 0)):
             record.valid_loss = self.evaluate()
+            record.stopped = record.valid_loss is None
 
 
 @dataclass
@@ -94,7 +97,7 @@ class JsonLines:
 def metrics_line(record: StepRecord) -> dict[str, Any]:
     """The line of metrics.jsonl: all digits of every float, no valid_loss where nothing was evaluated."""
     line = asdict(record)
-    del line["crc"]
+    del line["crc"], line["stopped"]
     if record.valid_loss is None:
         del line["valid_loss"]
     return line

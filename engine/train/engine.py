@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,11 +101,14 @@ class Engine:
         self.step += 1
         return StepResult(loss / total, norm, lr, read, total, squares, crc, stops)
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over the supervised tokens of all batches of all dp ranks."""
+    def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean loss over the supervised tokens of all batches of all dp ranks; None when any rank's `stop()` has become
+        true between two of them."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         total = 0
-        for batch in batches:
+        for done, batch in enumerate(batches):
+            if done and self._report(torch.zeros_like(loss), 0, stop())[2]:
+                return None
             tokens, labels = self._tensors(batch)
             total += self._counts(batch, labels)[0]
             loss += self.executor.evaluate(tokens, labels, self.config.batch.micro_batch,

@@ -18,22 +18,30 @@ from engine.plan.units import bytes_text
 from engine.train.job import Job, memory_here, prepare
 from engine.train.launch import run_rank, tune_allocator
 from engine.train.place import Place
+from engine.train.rendezvous import refuse
 from engine.train.request import EntryPoint, Request, read_request, take_switches
 from engine.train.run import Feed, MakeFeed, run
+from engine.train.signals import REQUEUE, STOPPED, StopRequest
 
 
 def enter(entry: EntryPoint, argv: Sequence[str], recipe: Sequence[str], demo: Sequence[str],
           make_feed: MakeFeed) -> int:
-    """Runs one rank of an entry point and returns its exit code: 0, 1 for a crash, 2 for bad input. `recipe` holds a
-    recipe's own flags, `demo` its data for whoever brings none; --config and the flags of `argv` win over both."""
+    """Runs one rank of an entry point and returns its exit code: 0, 1 for a crash, 2 for bad input, 75 for a run that a
+    signal has stopped under --requeue-exit. `recipe` holds a recipe's own flags, `demo` its data for whoever brings
+    none; --config and the flags of `argv` win over both."""
     tune_allocator()
 
     def body(place: Place) -> int:
         if take_switches(argv)[0].help:
             return print_help(entry) if place.rank == 0 else 0
         request = read_request(entry, argv, recipe, demo)
-        job = in_steps(prepared(request, place), make_feed)
-        return 0 if only_told(job, place, request, make_feed) else run(job, place, make_feed)
+        code = REQUEUE if request.given.get("requeue_exit") else STOPPED
+        with StopRequest(lambda code, line: refuse(place, code, line, patience=1.0, open_store=False), code) as stop:
+            job = in_steps(prepared(request, place), make_feed)
+            if only_told(job, place, request, make_feed):
+                return 0
+            stop.code = REQUEUE if job.config.runtime.requeue_exit else STOPPED  # as the resumed run has it
+            return run(job, place, make_feed, stop)
 
     return run_entry(body, argv)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType
 
 from engine.data.batches import Batches
 from engine.data.prefetch import Prefetch
@@ -13,20 +11,7 @@ from engine.plan import flops_of
 from engine.train.callbacks import Callback, StepRecord, peak_memory
 from engine.train.engine import Engine, StepResult
 from engine.train.launch import Diverged
-
-
-class StopRequest:
-    """SIGTERM and SIGINT set a flag; ranks agree on it at a step's end, save and exit. A second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
+from engine.train.signals import StopRequest
 
 
 def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: Callable[[float], float | None],
@@ -38,6 +23,7 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
     """
     config = engine.config.batch
     final = min(config.steps, config.stop_after or config.steps)
+    stop.begin()
     with Prefetch(batches, engine.step, final) as reader:
         while engine.step < final:
             start = time.perf_counter()
@@ -48,10 +34,9 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
                 raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight "
                                "has moved. Lower --lr, lengthen --warmup, or look at the data of this step")
             record = _record(engine, result, time.perf_counter() - start, waited, mfu)
-            last = result.stop or engine.step == final
             for callback in callbacks:
-                callback.after_step(record, last)
-            if result.stop:
+                callback.after_step(record, record.stopped or engine.step == final)
+            if record.stopped:
                 return engine.step == final
     return True
 
@@ -62,4 +47,4 @@ def _record(engine: Engine, result: StepResult, seconds: float, waited: float,
     return StepRecord(step=engine.step, loss=result.loss, lr=result.lr, grad_norm=result.grad_norm,
                       tokens=result.tokens, supervised=result.supervised, tokens_per_s=result.tokens / seconds,
                       mfu=mfu(flops / seconds), step_s=seconds, data_s=waited, memory=peak_memory(engine.device),
-                      crc=result.crc)
+                      crc=result.crc, stopped=result.stop)

@@ -22,7 +22,7 @@ import engine as triax
 from engine.checkpoint import Checkpoint, TensorSource, load_weights, open_checkpoint, save_checkpoint
 from engine.checkpoint.grow import grown
 from engine.config import to_dict, to_yaml
-from engine.data.batches import Batch, Batches, share_of
+from engine.data.batches import Batch, Batches, rows_of, share_of
 from engine.errors import UserError
 from engine.hf import assets_for, open_hf, token_ids
 from engine.hf.serving import replaced
@@ -41,10 +41,16 @@ from engine.train.callbacks import (
 )
 from engine.train.engine import Engine
 from engine.train.job import Job
-from engine.train.launch import Diverged, Place, connect, set_threads, start_group
+from engine.train.launch import Diverged, ended, set_threads
 from engine.train.lock import RunLock
-from engine.train.loop import StopRequest, train
+from engine.train.loop import train
+from engine.train.place import Place
+from engine.train.rendezvous import connect, start_group
+from engine.train.signals import StopRequest
 from engine.train.watchdog import Watchdog
+
+EVALUATED_AT_ONCE = 8
+"""Micro-batches of a stage between two looks at whether the run shall stop."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     engine.optimizer.steps = int(checkpoint.meta["optimizer_steps"])
 
 
-def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
+def run(job: Job, place: Place, make_feed: MakeFeed, stop: StopRequest) -> int:
     """Runs a job on this rank to its end; returns the exit code."""
     timeout = job.config.runtime.timeout
     with ExitStack() as stack:
@@ -83,10 +89,11 @@ def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
         mesh = build_mesh(job.layout, place.rank, job.config.model.kv_heads, timedelta(seconds=timeout))
         watchdog = _watch(job, place, mesh)
         try:
-            _Session(job, place, mesh, make_feed).run()
-        except (UserError, Diverged):  # every rank finds the same: no death to report
+            finished = _Session(job, place, mesh, make_feed, stop).run()
+        except (UserError, Diverged) as error:  # every rank finds the same: no death to report
             if watchdog is not None:
                 watchdog.stop()
+                raise ended(watchdog.store, place, error) from error
             raise
         except BaseException as error:
             if watchdog is not None:
@@ -96,7 +103,7 @@ def run(job: Job, place: Place, make_feed: MakeFeed) -> int:
             watchdog.stop()
             dist.barrier()
             dist.destroy_process_group()
-        return 0
+        return 0 if finished else stop.code
 
 
 def _watch(job: Job, place: Place, mesh: Mesh) -> Watchdog | None:
@@ -111,10 +118,10 @@ def _watch(job: Job, place: Place, mesh: Mesh) -> Watchdog | None:
 class _Session:
     """One rank's state between the mesh and the loop."""
 
-    def __init__(self, job: Job, place: Place, mesh: Mesh, make_feed: MakeFeed) -> None:
+    def __init__(self, job: Job, place: Place, mesh: Mesh, make_feed: MakeFeed, stop: StopRequest) -> None:
         self.job, self.place, self.mesh = job, place, mesh
+        self.stop = stop
         self.out = Path(job.config.save.out) if job.config.save.out else None
-        self.stop = StopRequest()
         self.engine = Engine(job.config, mesh, job.device, job.dtype, job.kernels)
         self.origin = self._start()
         self.feed = make_feed(job, mesh, self.origin)
@@ -143,13 +150,13 @@ class _Session:
         engine.initialize()
         return 0
 
-    def run(self) -> None:
-        """Says what will run, runs it, and says how it ended."""
+    def run(self) -> bool:
+        """Says what will run, runs it, and says how it ended; returns False when a signal ended it early."""
         config = self.job.config
         self._report()
         if self.engine.step >= config.batch.steps:
             self.say(f"nothing to do: step {self.engine.step} of {config.batch.steps} is done; raise --steps to go on")
-            return
+            return True
         console = Console(config.batch.steps, self.engine.step, config.save.log_every) if self.place.rank == 0 else None
         try:
             finished = train(self.engine, self.feed.batches, self._callbacks(console), self._mfu, self.stop)
@@ -157,15 +164,17 @@ class _Session:
             if console is not None:
                 console.close()
         where = f"; checkpoint {self.out / 'checkpoints' / 'latest'}" if self.out else ""
-        how = "done" if finished else "stopped by a signal"
+        how = "done" if finished else f"stopped by {self.stop.name}"
         self.say(f"{how} at step {self.engine.step} of {config.batch.steps}{where}")
+        return finished
 
     def _callbacks(self, console: Console | None) -> list[Callback]:
         save = self.job.config.save
         callbacks: list[Callback] = []
         if self.feed.valid is not None:
             share = share_of(self.feed.valid, self.mesh.dp, self.mesh.size("dp"))
-            callbacks.append(Evaluate(save.eval_every, lambda: self.engine.evaluate([share])))
+            parts = rows_of(share, EVALUATED_AT_ONCE * self.mesh.size("pp") * self.job.config.batch.micro_batch)
+            callbacks.append(Evaluate(save.eval_every, lambda: self.engine.evaluate(parts, lambda: self.stop.asked)))
         if self.out is not None and self.place.rank == 0:
             _write_facts(self.out, self.job)
             callbacks.append(JsonLines(self.out / "metrics.jsonl", self.engine.step, metrics_line))

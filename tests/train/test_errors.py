@@ -107,7 +107,7 @@ def test_no_data_names_the_tool_that_makes_it(capsys: pytest.CaptureFixture[str]
 
 
 def test_heads_that_do_not_divide(capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
-    line = fault(capsys, *data, *"--heads 30 --kv-heads 30 --head-dim 8 --tp 4 --world-size 4".split())
+    line = fault(capsys, *data, *"--heads 30 --kv-heads 30 --head-dim 8 --tp 4 --check --world-size 4".split())
     assert line == "error: heads 30 is not divisible by tp 4; use --tp 1, 2, 3, 5 or 6\n"
 
 

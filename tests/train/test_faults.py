@@ -116,7 +116,7 @@ def test_sigterm_to_the_launcher_saves_and_the_run_resumes_bit_equal(
     run.launcher.terminate()
     all_gone(run, pids)
     last = latest_step(run.out)
-    assert last is not None and f"stopped by a signal at step {int(last.name[5:])} of 30" in run.said(), run.said()
+    assert last is not None and f"stopped by SIGTERM at step {int(last.name[5:])} of 30" in run.said(), run.said()
     assert int(last.name[5:]) == run.metrics()[-1]["step"], "the step at which the signal came is saved"
     again = start(runs.start_ranks, "stopped", ["--resume"])
     assert again.codes() == [0] * 4, again.said()
