@@ -14,7 +14,7 @@ from engine.data import open_samples
 from engine.data.batches import PretrainBatches, read
 from engine.data.blend import parse_spec
 from engine.data.fingerprint import Fingerprint, of_corpora
-from engine.data.indexed import one_corpus_twice
+from engine.data.indexed import bare_prefix, one_corpus_twice
 from engine.data.samples import Samples
 from engine.errors import UserError
 from engine.mesh import Mesh
@@ -42,7 +42,7 @@ def check_data(config: RunConfig) -> Fingerprint:
     if not data:
         raise UserError("--data is needed: the prefix of a dataset that tools/preprocess_data.py has written; "
                         "`make demo` makes one to try")
-    if not {":", ","} & set(data) and not Path(f"{data}.idx").exists():
+    if not {":", ","} & set(data) and not Path(f"{bare_prefix(data)}.idx").exists():
         raise UserError(f"no dataset at {data}.idx; tools/preprocess_data.py writes one from text, and `make demo` "
                         "makes the demo corpus")
     _open(config, "train")

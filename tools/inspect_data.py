@@ -13,6 +13,7 @@ if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
 
 from engine.config.command import Command, whole  # noqa: E402
+from engine.data.indexed import bare_prefix  # noqa: E402
 from engine.data.overview import overview, show_document, verify  # noqa: E402
 from engine.tokenizer import load_tokenizer  # noqa: E402
 
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="check every pointer, id and byte (checksums of P.json)")
     parser.add_argument("--tokenizer", metavar="T", help="to show text, and to know the vocabulary")
     args = parser.read(argv)
+    args.prefix = bare_prefix(args.prefix)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.doc is None:
         print("\n".join(overview(args.prefix)))

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from engine.config.command import Command  # noqa: E402
 from engine.data.combine import combine  # noqa: E402
+from engine.data.indexed import bare_prefix  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.read(argv)
-    done = combine(args.input, args.output_prefix, args.overwrite)
+    done = combine([bare_prefix(prefix) for prefix in args.input], args.output_prefix, args.overwrite)
     print(f"{args.output_prefix}: {done.documents:,} documents, {done.tokens:,} tokens of {len(args.input)} corpora")
     if not done.described:
         print("not every corpus has a .json to tell its tokenizer, so none is written: make sure that they share one "

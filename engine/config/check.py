@@ -21,6 +21,8 @@ MOST = MappingProxyType({
 LONGEST_WAIT = 31_536_000
 """Seconds. Timers of the system and of torch overflow somewhere beyond."""
 MOST_EPOCHS = 1_000_000
+MOST_MICROS = 1 << 16
+"""A step's schedule is a list that has them all."""
 COUNT = 1 << 53
 """More steps, samples or sequences than any run has; beyond it a float is no count any more."""
 
@@ -160,6 +162,10 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
     if batch.global_batch % one_pass:
         raise UserError(f"global-batch {batch.global_batch} is not divisible by micro-batch {batch.micro_batch} x dp "
                         f"{layout.dp} = {one_pass}; use --global-batch {-(-batch.global_batch // one_pass) * one_pass}")
+    micros = batch.global_batch // one_pass
+    if micros > MOST_MICROS:
+        raise UserError(f"global-batch {batch.global_batch} is {micros} micro-batches on each dp rank, and more than "
+                        f"{MOST_MICROS} are beyond any run; raise --micro-batch or lower --global-batch")
     if batch.seq_len > config.model.max_positions:
         raise UserError(f"seq-len {batch.seq_len} is longer than the model's positions {config.model.max_positions}; "
                         f"lower --seq-len or raise --max-positions")

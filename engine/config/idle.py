@@ -31,7 +31,6 @@ IDLE = (
     Idle(("save_every", "keep"), lambda c: not c.save.out, "nothing is saved without --out"),
     Idle(("new_data",), lambda c: not c.save.resume, "it goes with --resume; a new run takes any data"),
     Idle(("min_lr",), lambda c: c.optimizer.decay == "constant", "--decay constant never goes down to it"),
-    Idle(("rope_theta",), lambda c: c.model.family == "gpt2", "gpt2 has learned positions and no RoPE"),
     Idle(("init_std",), lambda c: bool(c.save.load), "the weights are those of --load, and none is drawn"),
 )
 

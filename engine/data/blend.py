@@ -21,7 +21,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from engine.data.indexed import one_corpus_twice
+from engine.data.indexed import bare_prefix, one_corpus_twice
 from engine.errors import UserError
 
 _IMPROVED = 16  # corpora; the time to find a better tree grows with the fourth power of their number
@@ -69,10 +69,11 @@ def parse_spec(spec: str) -> list[tuple[str, Fraction]]:
     if os.path.exists(f"{spec}.idx") or not (":" in spec or "," in spec):
         if not spec.strip():
             raise UserError("the corpus is empty text; give a prefix, or a blend such as P1:0.7,P2:0.3")
-        return [(spec, Fraction(1))]
+        return [(bare_prefix(spec), Fraction(1))]
     named: list[tuple[str, Fraction]] = []
     for item in spec.split(","):
         prefix, colon, weight = item.strip().rpartition(":")
+        prefix = bare_prefix(prefix)
         if not colon or not prefix:
             raise UserError(f'"{item}" in the blend "{spec}" is not PREFIX:WEIGHT; write P1:0.7,P2:0.3')
         if prefix in (other for other, _ in named):

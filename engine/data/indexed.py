@@ -56,6 +56,16 @@ def one_corpus_twice(prefixes: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
+def bare_prefix(name: str) -> str:
+    """The prefix of a corpus that is named by one of its files: P of P.bin and P.idx. A prefix that itself ends so
+    (P.bin of P.bin.idx) stays."""
+    for suffix in (".bin", ".idx"):
+        if name.endswith(suffix) and not os.path.exists(f"{name}.idx") and os.path.exists(
+                f"{name.removesuffix(suffix)}.idx"):
+            return name.removesuffix(suffix)
+    return name
+
+
 class IndexedDataset:
     """A corpus on disk, memory-mapped. Opening reads the header and a few entries, whatever the corpus' size.
 

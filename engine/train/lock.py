@@ -2,37 +2,86 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 from pathlib import Path
+from types import TracebackType
+from typing import IO
 
-from engine.errors import UserError
+from engine.errors import UserError, shown
+
+LOCK = ".lock"
+FACTS = ("config.yaml", "env.json")
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunLock:
-    """Held by rank 0 as long as the run; the system lets go of it when the process ends, however that happens."""
+    """Held by rank 0 as long as the run; the system lets go of it when the process ends, however that happens. A run
+    that ends by a UserError before its first step leaves nothing behind."""
 
     def __init__(self, out: Path) -> None:
         """Makes the folder and locks it. Raises UserError where that is impossible or another run holds it."""
+        self.out = out
+        self.made = [path for path in (out, *out.absolute().parents) if not path.exists()]
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self.file = open(out / ".lock", "w")  # noqa: SIM115  held as long as the run
+            self.before = {name: _size(out / name) for name in os.listdir(out)}
+            self.file = self._open()
         except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
-            raise UserError(f"another run is writing {out}; wait for it, or give another --out") from None
+            self._remove_folders()
+            raise UserError(f"--out {shown(out)} cannot be written: {error.strerror}") from None
+
+    def _open(self) -> IO[str]:
+        """The lock file, locked. Whoever held it before may have deleted it at this very moment: then it is made
+        again, for a lock on a deleted file keeps nobody out."""
+        while True:
+            file = open(self.out / LOCK, "a", encoding="utf-8")  # noqa: SIM115  held as long as the run
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+                raise UserError(f"another run is writing {shown(self.out)}; wait for it, or give another "
+                                "--out") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.out / LOCK)):
+                    return file
+            file.close()
 
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, UserError):
+            self._sweep()
         self.file.close()
+
+    def _sweep(self) -> None:
+        """Removes what this run wrote, unless it has made a step."""
+        if any(_size(self.out / name) > self.before.get(name, 0) for name in LOGS):
+            return
+        for name in (*FACTS, *LOGS, LOCK):
+            if name not in self.before:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.out / name)
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        for folder in self.made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def check_lock(out: Path) -> None:
     """Raises UserError when another run holds the folder; writes nothing."""
-    if (out / ".lock").is_file():
+    if (out / LOCK).is_file():
         with RunLock(out):
             pass
