@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from engine.errors import UserError, shown
+from engine.errors import BAD_INPUT, UserError, shown
+from engine.train.rendezvous import Ended
 
 LOCK = ".lock"
 FACTS = ("config.yaml", "env.json")
@@ -53,7 +54,7 @@ class RunLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, UserError):
+        if isinstance(error, UserError) or (isinstance(error, Ended) and error.code == BAD_INPUT):
             self._sweep()
         self.file.close()
 
