@@ -33,6 +33,10 @@ SIZES = frozenset(PRESETS["tiny"])
 """What every preset says. A config that gives all of it needs no preset, and its `model` may be any name."""
 
 
+OWN = ("vocab_size", "max_positions")
+"""What a model of a preset's shape has of its own: the tokenizer's vocabulary, the longest sequence."""
+
+
 def resolve_model(given: Mapping[str, Any], base: ModelConfig | None = None) -> ModelConfig:
     """The ModelConfig of the fields `given`, over `base` (a loaded checkpoint's) or over the preset they name.
 
@@ -56,10 +60,19 @@ def resolve_model(given: Mapping[str, Any], base: ModelConfig | None = None) -> 
     return ModelConfig(**merged)
 
 
+def title(model: ModelConfig) -> str:
+    """What reports call a model: its name, and where it is a preset's, what is changed of it: `tiny with layers 12`."""
+    preset = PRESETS.get(model.model, {})
+    changed = [f"{name.replace('_', '-')} {getattr(model, name)}" for name, value in preset.items()
+               if name not in OWN and getattr(model, name) != value]
+    more = [f"{len(changed) - 3} more"] * (len(changed) > 3)
+    return f"{model.model} with {', '.join(changed[:3] + more)}" if changed else model.model
+
+
 def preset_fault(name: str, given: Mapping[str, Any], base: ModelConfig) -> str | None:
     """The first field in which the preset `name`, with the fields `given` beside it, is another network than `base`;
     None where they agree, or there is no such preset. The vocabulary and the longest sequence are the model's own."""
     for field, value in PRESETS.get(name, {}).items():
-        if field not in given and field not in ("vocab_size", "max_positions") and getattr(base, field) != value:
+        if field not in given and field not in OWN and getattr(base, field) != value:
             return field
     return None

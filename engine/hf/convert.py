@@ -25,7 +25,8 @@ from engine.config.flags import from_dict
 from engine.errors import UserError
 from engine.hf.assets import COPIED, dump
 from engine.hf.config import FAMILIES, HF_DTYPES, config_from_hf, config_to_hf
-from engine.hf.folder import open_hf, plain_file
+from engine.hf.files import plain_file
+from engine.hf.folder import open_hf
 from engine.hf.serving import CONFIG, GENERATION, TokenIds, generation_config, read_origin
 from engine.model.shapes import logical_shapes
 

@@ -9,7 +9,6 @@ import torch
 
 from engine.checkpoint.dtypes import code_dtype
 from engine.checkpoint.folders import HF_WEIGHTS
-from engine.checkpoint.manifest import PLAIN
 from engine.checkpoint.slices import Shape, window
 from engine.checkpoint.source import compress, match_names
 from engine.checkpoint.strict_json import read_object
@@ -18,6 +17,7 @@ from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.hf.config import FAMILIES, read_config
 from engine.hf.family import Family, spots
+from engine.hf.files import plain_file
 from engine.model.shapes import logical_shapes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -97,21 +97,6 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     for tensor, name in table.items():
         listed.setdefault(name, set()).add(tensor)
     return {plain_file(folder, name): tensors for name, tensors in sorted(listed.items())}
-
-
-def plain_file(folder: Path, name: str) -> Path:
-    """folder / name where that is a file in the folder itself; a link out of it is refused, but for the hub cache's own
-    (snapshots/REVISION/file -> blobs/..)."""
-    if not PLAIN.fullmatch(name):
-        raise UserError(f"{folder}: {name[:80]!r} is not a plain file name")
-    path = folder / name
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    home = folder.resolve()
-    allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    if path.resolve().parent not in allowed:
-        raise UserError(f"{path} is a link out of its folder")
-    return path
 
 
 def _tied(folder: Path, config: ModelConfig, family: Family,

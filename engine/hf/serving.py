@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.checkpoint.strict_json import read_object
 from engine.errors import UserError, shown
+from engine.hf.files import plain_file
 from engine.tokenizer import Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -56,11 +57,16 @@ def token_ids(tokenizer: Tokenizer | None) -> TokenIds:
 
 def read_origin(folder: Path) -> Origin:
     """What a Hugging Face folder, or the hf folder of a checkpoint, says; UserError for ids that are no numbers."""
-    config, generation = (read_object(folder / name) if (folder / name).is_file() else {}
-                          for name in (CONFIG, GENERATION))
+    config, generation = _object(folder, CONFIG), _object(folder, GENERATION)
     own = {key: config[key] for key in KEYS if config.get(key) is not None}
     given = {key: generation[key] for key in KEYS if generation.get(key) is not None}
+    _ids(own, folder)  # they are kept, so they are checked where generation_config.json has others too
     return Origin(str(folder), own, generation, _ids({**own, **given}, folder), read_template(folder))
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the folder; an empty object where there is none."""
+    return dict(read_object(plain_file(folder, name))) if (folder / name).is_file() else {}
 
 
 def read_token_ids(folder: Path) -> TokenIds:
@@ -81,12 +87,10 @@ def read_template(folder: Path) -> str | None:
     """The chat template of a folder: chat_template.jinja, else tokenizer_config.json's (of several the default one)."""
     if (folder / TEMPLATE).is_file():
         try:
-            return (folder / TEMPLATE).read_text(encoding="utf-8")
+            return plain_file(folder, TEMPLATE).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{shown(folder / TEMPLATE)} is not UTF-8") from None
-    if not (folder / TOKENIZER_CONFIG).is_file():
-        return None
-    found = read_object(folder / TOKENIZER_CONFIG).get("chat_template")
+    found = _object(folder, TOKENIZER_CONFIG).get("chat_template")
     if isinstance(found, list):
         named = [item for item in found if isinstance(item, dict)]
         default = [item for item in named if item.get("name") == "default"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from engine.config import Layout, RunConfig
+from engine.config.presets import title
 from engine.kernels.dispatch import Kernels
 from engine.model import Decoder, Parts, stage_layers
 from engine.parallel.buckets import GradientBuckets
@@ -86,7 +87,7 @@ class Plan:
         processes = f"{self.layout.world} process{'es' * (self.layout.world > 1)}"
         facts = [
             ("layout", f"{self.layout} · {processes} · {self.config.parallel.schedule}"),
-            ("model", f"{model.model}: {count_text(self.parameters)} parameters, {str(self.dtype).split('.')[-1]}"),
+            ("model", f"{title(model)}: {count_text(self.parameters)} parameters, {str(self.dtype).split('.')[-1]}"),
             ("FLOPs a token", f"{flops_text(self.flops_per_token)} (forward and backward, causal attention)"),
             ("tokens a step", f"{self.tokens_per_step:,} in {accumulation}"),
             ("bubble", f"{self.bubble:.1%} of a step"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.config import Layout, RunConfig, check
+from engine.config.presets import title
 from engine.errors import UserError
 from engine.kernels.norm import wide
 from engine.plan.estimate import Plan, estimate
@@ -35,7 +36,7 @@ def require_memory(plan: Plan, available: int, what: str) -> None:
         return
     count = plan.layout.world
     where = "one process" if count == 1 else f"the fullest of {count} processes ({plan.layout}, stage {heaviest.rank})"
-    model = plan.config.model.model
+    model = title(plan.config.model)
     tracer = Tracer()
     holders = [text for text in (_single(plan, tracer), _several(plan, available, tracer)) if text is not None]
     raise UserError(". ".join([

@@ -11,6 +11,7 @@ import pytest
 
 from engine.config import PRESETS, Layout, ParallelConfig, RunConfig, check, describe, parse, to_dict, to_yaml
 from engine.config.flags import from_dict
+from engine.config.presets import title
 from engine.errors import UserError
 
 
@@ -229,6 +230,18 @@ def test_a_model_of_any_name_reads_back_where_its_config_says_all_sizes(tmp_path
     assert parse(["--model", "tiny"], config.model).model.model == "org/Some-Model"
     with pytest.raises(UserError, match="a loaded model keeps its own name, so leave the flag out"):
         parse(["--model", "mine"], config.model)
+
+
+def test_a_report_says_what_was_changed_of_a_preset() -> None:
+    def called(flags: str) -> str:
+        return title(parse(flags.split()).model)
+
+    assert called("") == "tiny" and called("--model 7b --vocab-size 99 --max-positions 512") == "7b"
+    assert called("--layers 12") == "tiny with layers 12"
+    assert called("--layers 12 --hidden 64") == "tiny with layers 12, hidden 64, head-dim 8"
+    flags = "--layers 9 --hidden 64 --ffn-hidden 8 --heads 4"
+    assert called(flags) == "tiny with layers 9, hidden 64, ffn-hidden 8, 2 more"
+    assert title(replace(parse(["--layers", "9"]).model, model="org/Some-Model")) == "org/Some-Model"
 
 
 @pytest.mark.parametrize("content", [{"model": 3}, {"nothing": {}}, {"model": {"laers": 1}}, {"batch": {"steps": []}}])

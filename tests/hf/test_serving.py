@@ -79,6 +79,18 @@ def test_what_is_replaced_is_said_in_one_line(tmp_path: Path) -> None:
 def test_ids_that_are_no_numbers_are_refused(tmp_path: Path, ends: object) -> None:
     with pytest.raises(UserError, match="the special tokens' ids are not whole numbers"):
         read_origin(write(tmp_path / "hf", generation_config={"eos_token_id": ends}))
+    with pytest.raises(UserError, match="the special tokens' ids are not whole numbers"):
+        read_origin(write(tmp_path / "hf", config={"eos_token_id": ends}, generation_config={"eos_token_id": 2}))
+
+
+def test_what_stands_outside_the_folder_is_not_read_into_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path, secret={"key": "value"})
+    folder = write(tmp_path / "hf")
+    for name in ("generation_config.json", "chat_template.jinja"):
+        (folder / name).symlink_to(tmp_path / "secret.json")
+        with pytest.raises(UserError, match=f"{name} is a link out of its folder"):
+            read_origin(folder)
+        (folder / name).unlink()
 
 
 @pytest.fixture(scope="module")
