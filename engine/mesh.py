@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from engine.config import Layout
 from engine.parallel.comm import Comm, TorchComm
+from engine.parallel.heart import Heart
 from engine.parallel.shared import share
 
 AXES = ("pp", "dp", "cp", "tp")
@@ -29,7 +30,7 @@ class Mesh:
     A group is None where it would hold one rank (its collectives are then the identity). Besides the axes there are
     `world`, `edge` (first and last stage, for a tied embedding), `kv` (the tp ranks that hold the same kv heads) and
     `model` (the ranks of one copy of the model). `channels` carry messages between neighbouring stages: `ahead:A>B`
-    and `back:A>B` for ranks A and B.
+    and `back:A>B` for ranks A and B. `heart` is told by all of them when this rank waits.
     """
 
     layout: Layout
@@ -37,6 +38,7 @@ class Mesh:
     coords: Mapping[str, int]
     groups: Mapping[str, Comm] = field(default_factory=dict)
     channels: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
+    heart: Heart = field(default_factory=Heart)
 
     def __getattr__(self, axis: str) -> int:
         """This rank's coordinate on an axis: `mesh.tp`, `mesh.pp`."""
@@ -103,32 +105,37 @@ def neighbours(layout: Layout) -> list[list[int]]:
     return [[int(column[s]), int(column[(s + 1) % layout.pp])] for column in columns for s in range(layout.pp)]
 
 
-def build_mesh(layout: Layout, rank: int, kv_heads: int, timeout: timedelta, *, shared: bool = True) -> Mesh:
+def build_mesh(layout: Layout, rank: int, kv_heads: int, timeout: timedelta, *, shared: bool = True,
+               heart: Heart | None = None) -> Mesh:
     """The mesh of this rank. Where ranks of one machine compute on CPUs, groups of them go through shared memory unless
     `shared` is False; all others are groups of torch.distributed, which every rank creates in the same order."""
     coords = place(layout, rank)
+    heart = heart or Heart()
     if layout.world == 1:
-        return Mesh(layout, rank, coords)
+        return Mesh(layout, rank, coords, heart=heart)
     named = slices(layout, kv_heads)
     hosts = list(range(layout.world))
     groups: dict[str, Comm] = {}
     if shared and sys.platform == "linux" and dist.get_backend() == "gloo":
-        hosts, groups = share(named, rank, layout.world, timeout.total_seconds())
+        hosts, groups = share(named, rank, layout.world, timeout.total_seconds(), heart)
     for name, lists in named.items():
         for ranks in lists:
             if len({hosts[r] for r in ranks}) > 1:
                 group = dist.group.WORLD if name == "world" else dist.new_group(ranks, timeout=timeout)
+                heart.beat()
                 if rank in ranks:
-                    groups[name] = TorchComm(ranks, rank, group)
-    return Mesh(layout, rank, coords, groups, _channels(layout, rank, timeout))
+                    groups[name] = TorchComm(ranks, rank, group, heart)
+    return Mesh(layout, rank, coords, groups, open_channels(layout, rank, timeout, heart), heart)
 
 
-def _channels(layout: Layout, rank: int, timeout: timedelta) -> dict[str, dist.ProcessGroup]:
+def open_channels(layout: Layout, rank: int, timeout: timedelta, heart: Heart) -> dict[str, dist.ProcessGroup]:
     """One process group a direction: a send ahead and a send back between two stages then never wait for each other."""
     channels = {}
     for pair in neighbours(layout):
         for direction in ("ahead", "back"):
             group = dist.new_group(pair, timeout=timeout)
-            if rank in pair:
-                channels[f"{direction}:{pair[0]}>{pair[1]}"] = group
+            heart.beat()
+            if rank not in pair:
+                continue
+            channels[f"{direction}:{pair[0]}>{pair[1]}"] = group
     return channels

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from engine.parallel.heart import Heart, Waited
+
 # torch 2.13 renamed these two and warns about the old names; 2.11 knows the old names alone.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -64,17 +66,19 @@ class Comm(ABC):
 class TorchComm(Comm):
     """A process group of torch.distributed: NCCL, or gloo."""
 
-    def __init__(self, ranks: Sequence[int], rank: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, ranks: Sequence[int], rank: int, group: dist.ProcessGroup | None,
+                 heart: Heart | None = None) -> None:
         super().__init__(ranks, rank)
         self.group = group
+        self.heart = heart or Heart()
         self.via = dist.get_backend(group)
 
     def start_all_reduce_(self, x: torch.Tensor, op: str = "sum") -> Pending:
         kind = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-        return dist.all_reduce(x, op=kind, group=self.group, async_op=True)  # type: ignore[no-any-return]
+        return Waited(dist.all_reduce(x, op=kind, group=self.group, async_op=True), self.heart)
 
     def start_reduce_scatter(self, out: torch.Tensor, flat: torch.Tensor) -> Pending:
-        return reduce_scatter_flat(out, flat, group=self.group, async_op=True)  # type: ignore[no-any-return]
+        return Waited(reduce_scatter_flat(out, flat, group=self.group, async_op=True), self.heart)
 
     def start_all_gather(self, out: torch.Tensor, flat: torch.Tensor) -> Pending:
-        return all_gather_flat(out, flat, group=self.group, async_op=True)  # type: ignore[no-any-return]
+        return Waited(all_gather_flat(out, flat, group=self.group, async_op=True), self.heart)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from engine.mesh import Mesh
 from engine.parallel.buckets import GradientBuckets
+from engine.parallel.heart import Phase, Waited
 from engine.parallel.schedule import Action, Kind, build_schedule, forward_only, stage_of
 
 Message = tuple[Kind, int, int]
@@ -68,12 +69,12 @@ class _Traffic:
     """
 
     in_flight: int
-    posted: dict[Message, tuple[torch.Tensor, dist.Work]] = field(default_factory=dict)
+    posted: dict[Message, tuple[torch.Tensor, Waited]] = field(default_factory=dict)
     local: dict[Message, torch.Tensor] = field(default_factory=dict)
-    sent: dict[Kind, deque[tuple[torch.Tensor, dist.Work]]] = field(
+    sent: dict[Kind, deque[tuple[torch.Tensor, Waited]]] = field(
         default_factory=lambda: {kind: deque() for kind in Kind})
 
-    def keep(self, kind: Kind, x: torch.Tensor, work: dist.Work) -> None:
+    def keep(self, kind: Kind, x: torch.Tensor, work: Waited) -> None:
         """Holds on to a tensor that is being sent, and lets go of one that has long arrived."""
         self.sent[kind].append((x, work))
         if len(self.sent[kind]) > 2 * self.in_flight:
@@ -155,6 +156,7 @@ class _Run:
         self.traffic.drain()
 
     def _forward(self, action: Action) -> None:
+        self.executor.mesh.heart.enter(Phase.FORWARD if torch.is_grad_enabled() else Phase.EVALUATION)
         chunk = self.executor.chunks[action.chunk]
         key = (action.micro, action.chunk)
         if chunk.stage == 0:
@@ -170,6 +172,7 @@ class _Run:
             self.inputs[key], self.outputs[key] = x, y
 
     def _backward(self, action: Action) -> None:
+        self.executor.mesh.heart.enter(Phase.BACKWARD)
         chunk = self.executor.chunks[action.chunk]
         key = (action.micro, action.chunk)
         x, y = self.inputs.pop(key), self.outputs.pop(key)
@@ -199,7 +202,7 @@ class _Run:
         rank, group = self._channel(action.kind, source, stage)
         work = dist.irecv(buffer, src=rank, group=group)
         assert work is not None
-        self.traffic.posted[message] = (buffer, work)
+        self.traffic.posted[message] = (buffer, Waited(work, self.executor.mesh.heart))
 
     def _receive(self, kind: Kind, micro: int, stage: int) -> torch.Tensor:
         """What another stage sent to `stage` for a micro-batch."""
@@ -219,7 +222,7 @@ class _Run:
         x = x.contiguous()
         work = dist.isend(x, dst=rank, group=group)
         assert work is not None
-        self.traffic.keep(kind, x, work)
+        self.traffic.keep(kind, x, Waited(work, self.executor.mesh.heart))
 
     def _channel(self, kind: Kind, source: int, target: int) -> tuple[int, dist.ProcessGroup]:
         """The peer's global rank and the group of one direction between two stages."""

@@ -70,7 +70,8 @@ class ShardedAdamW:
         if world is not None:
             total = total.to(self.buckets[0].grads.device)
             world.all_reduce_(total)
-        return float(total.sqrt())
+        with self.mesh.heart.waits():  # on a GPU this is where the host waits for the other ranks' parts
+            return float(total.sqrt())
 
     def _sum_partial(self) -> None:
         """Sums what each rank has only a part of: one flat message a group."""

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from engine.parallel import meeting
 from engine.parallel.comm import Comm, all_gather_flat
+from engine.parallel.heart import Heart
 
 CHUNK = 1 << 21
 """Bytes that a rank passes at once: the larger, the fewer waits, as long as a core's cache holds it."""
@@ -57,9 +58,10 @@ class Operation:
 class Host:
     """This process among the ranks of its machine: a socket to each of them and the groups it is in."""
 
-    def __init__(self, sockets: Mapping[int, socket.socket], channels: int, timeout: float) -> None:
+    def __init__(self, sockets: Mapping[int, socket.socket], channels: int, timeout: float, heart: Heart) -> None:
         self.sockets = sockets
         self.timeout = timeout
+        self.heart = heart
         self.arrived = {peer: [0] * channels for peer in sockets}
         self.gone: set[int] = set()
         self.comms: WeakSet[SharedComm] = WeakSet()
@@ -85,6 +87,7 @@ class Host:
                 deadline = time.monotonic() + self.timeout
             elif not any([other.advance() for other in self.comms]):
                 self._await(comm, deadline)
+        self.heart.beats += 1
 
     def _await(self, comm: SharedComm, deadline: float) -> None:
         """Returns when any peer has sent something; raises PeerLost when one the group waits for is dead or late."""
@@ -95,7 +98,9 @@ class Host:
         for _ in range(SPINS):
             if self._receive(0):
                 return
-        if not self._receive(max(0.0, deadline - time.monotonic())):
+        with self.heart.waits():
+            news = self._receive(max(0.0, deadline - time.monotonic()))
+        if not news:
             raise PeerLost(f"no data from rank {', '.join(map(str, lacking))} within {self.timeout:g} s")
 
     def _receive(self, seconds: float) -> bool:
@@ -218,8 +223,8 @@ def combine(parts: Sequence[torch.Tensor], op: Callable[..., torch.Tensor], out:
         op(out, part, out=out)
 
 
-def share(groups: Mapping[str, Sequence[Sequence[int]]], rank: int, world: int,
-          timeout: float) -> tuple[list[int], dict[str, Comm]]:
+def share(groups: Mapping[str, Sequence[Sequence[int]]], rank: int, world: int, timeout: float,
+          heart: Heart) -> tuple[list[int], dict[str, Comm]]:
     """Called by all ranks of the world (a gloo group) at once. Returns a number for each rank's machine, and this
     rank's groups that lie on its own; where a rank cannot share memory it says why, and every rank counts as alone."""
     token = secrets.randbits(62)
@@ -236,7 +241,7 @@ def share(groups: Mapping[str, Sequence[Sequence[int]]], rank: int, world: int,
     if listener is not None and len(near) > 1:
         try:
             with listener:
-                found = _open(groups, rank, near, listener, int(table[near[0] * 2 + 1]), timeout)
+                found = _open(groups, rank, near, listener, int(table[near[0] * 2 + 1]), timeout, heart)
         except OSError as error:
             problem = str(error) or type(error).__name__
     if problem:
@@ -248,12 +253,12 @@ def share(groups: Mapping[str, Sequence[Sequence[int]]], rank: int, world: int,
 
 
 def _open(groups: Mapping[str, Sequence[Sequence[int]]], rank: int, near: Sequence[int], listener: socket.socket,
-          token: int, timeout: float) -> dict[str, Comm]:
+          token: int, timeout: float, heart: Heart) -> dict[str, Comm]:
     """Meets the machine's other ranks and cuts the memory into each group's buffers, alike on all of them."""
     places = [(name, channel, ranks) for channel, (name, lists) in enumerate(groups.items())
               for ranks in lists if set(ranks) <= set(near)]
     sizes = [2 * len(ranks) * CHUNK for _, _, ranks in places]
     memory, sockets = meeting.meet(rank, near, listener, token, sum(sizes))
-    host = Host(sockets, len(groups), timeout)
+    host = Host(sockets, len(groups), timeout, heart)
     return {name: SharedComm(ranks, rank, host, channel, part.view(2, len(ranks), CHUNK))
             for (name, channel, ranks), part in zip(places, memory.split(sizes), strict=True) if rank in ranks}

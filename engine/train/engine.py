@@ -20,6 +20,7 @@ from engine.model import Decoder, Parts, stage_layers
 from engine.parallel.buckets import GradientBuckets
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.executor import Chunk, Executor, make_chunks
+from engine.parallel.heart import Phase
 from engine.parallel.init import initialize
 from engine.parallel.optimizer import ShardedAdamW
 from engine.train.schedule import learning_rate
@@ -89,6 +90,7 @@ class Engine:
 
     def train_step(self, batch: Batch, stop: bool = False) -> StepResult:
         """One optimizer step on this rank's part of the global batch. Raises UserError when nothing is supervised."""
+        self.mesh.heart.enter(Phase.FORWARD, self.step + 1)
         tokens, labels = self._tensors(batch)
         total, read, squares = self._counts(batch, labels)
         if total == 0:
@@ -96,6 +98,7 @@ class Engine:
         loss_sum = self.executor.train(tokens, labels, self.config.batch.micro_batch, total,
                                        self._documents(batch, tokens.shape[1]))
         lr = learning_rate(self.config.optimizer, self.step, self.config.batch.steps)
+        self.mesh.heart.enter(Phase.OPTIMIZER)
         loss, crc, stops = self._report(loss_sum, crc_of(batch), stop)
         norm = self.optimizer.step(lr) if math.isfinite(loss) else math.nan
         self.step += 1
@@ -104,6 +107,7 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
         """Mean loss over the supervised tokens of all batches of all dp ranks; None when any rank's `stop()` has become
         true between two of them."""
+        self.mesh.heart.enter(Phase.EVALUATION)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         total = 0
         for done, batch in enumerate(batches):
@@ -138,7 +142,8 @@ class Engine:
         dp = self.mesh.group("dp")
         if dp is not None:
             dp.all_reduce_(counts)
-        supervised, tokens, squares = counts.tolist()
+        with self.mesh.heart.waits():  # on a GPU it is here that the host waits, not where the message starts
+            supervised, tokens, squares = counts.tolist()
         return supervised, tokens, squares
 
     def _report(self, loss: torch.Tensor, crc: int, stop: bool) -> tuple[float, int, bool]:
@@ -147,11 +152,20 @@ class Engine:
         voice = self.mesh.tp == 0 and self.mesh.pp == self.mesh.size("pp") - 1
         numbers = torch.stack([loss if voice else torch.zeros_like(loss),
                                loss.new_tensor(float(crc if voice else 0)), loss.new_tensor(float(stop))])
+        total, crcs, stops = self._sum(numbers)
+        return total, int(crcs), stops > 0
+
+    def agree(self, numbers: Sequence[float]) -> list[float]:
+        """The sums of some numbers over all ranks; every rank calls it with as many."""
+        return self._sum(torch.tensor(numbers, dtype=torch.float64, device=self.device))
+
+    def _sum(self, numbers: torch.Tensor) -> list[float]:
+        """The one message of the whole world: sums of float64 numbers, on the host."""
         world = self.mesh.group("world")
         if world is not None:
             world.all_reduce_(numbers)
-        total, crcs, stops = numbers.tolist()
-        return total, int(crcs), stops > 0
+        with self.mesh.heart.waits():
+            return numbers.tolist()  # type: ignore[no-any-return]
 
 
 def crc_of(batch: Batch) -> int:
