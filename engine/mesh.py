@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from engine.config import Layout
@@ -129,13 +130,23 @@ def build_mesh(layout: Layout, rank: int, kv_heads: int, timeout: timedelta, *, 
 
 
 def open_channels(layout: Layout, rank: int, timeout: timedelta, heart: Heart) -> dict[str, dist.ProcessGroup]:
-    """One process group a direction: a send ahead and a send back between two stages then never wait for each other."""
+    """One process group a direction: a send ahead and a send back between two stages then never wait for each other.
+
+    Each channel carries one message now. NCCL connects two ranks at their first message, and that call returns when
+    both have made it; the executor posts receives long before their sends, so two stages could wait for each other.
+    All ranks go through the channels in one order, so none waits here for a rank that waits for it.
+    """
     channels = {}
     for pair in neighbours(layout):
-        for direction in ("ahead", "back"):
+        for direction, (source, target) in (("ahead", pair), ("back", pair[::-1])):
             group = dist.new_group(pair, timeout=timeout)
             heart.beat()
             if rank not in pair:
                 continue
             channels[f"{direction}:{pair[0]}>{pair[1]}"] = group
+            message = torch.zeros(1, device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
+            if rank == source:
+                dist.send(message, dst=target, group=group)
+            else:
+                dist.recv(message, src=source, group=group)
     return channels
