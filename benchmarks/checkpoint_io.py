@@ -33,13 +33,14 @@ class Subject:
     def __init__(self, folder: Path) -> None:
         import torch
 
-        from engine.checkpoint import open_checkpoint, save_checkpoint
+        from engine.checkpoint import alone, open_checkpoint, save_checkpoint
         from engine.config import Layout, parse, to_dict
         from engine.mesh import AXES, Mesh
         from engine.model.shapes import logical_shapes
         from engine.train.engine import Engine
 
-        self.folder, self.save_checkpoint, self.open_checkpoint = folder, save_checkpoint, open_checkpoint
+        self.folder, self.alone = folder, alone
+        self.save_checkpoint, self.open_checkpoint = save_checkpoint, open_checkpoint
         config = parse([*SHAPE.split(), "--dtype", "fp32"])
         self.engine = Engine(config, Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), torch.device("cpu"), torch.float32)
         self.engine.initialize()
@@ -58,7 +59,7 @@ class Subject:
         """A whole checkpoint, as a run writes it."""
         self.step += 1
         self.save_checkpoint(self.folder / "checkpoints", self.step, self.engine.optimizer.entries(), rank=0, world=1,
-                             barrier=lambda: None, meta=self.meta, assets={})
+                             agree=self.alone, meta=self.meta, assets={})
 
     def write(self, sync: bool) -> None:
         """The same bytes into one file."""

@@ -3,7 +3,7 @@
 from engine.checkpoint.dtypes import DTYPES, dtype_name
 from engine.checkpoint.folders import Resolved, latest_step, resolve, step_folders
 from engine.checkpoint.load import Checkpoint, open_checkpoint
-from engine.checkpoint.save import save_checkpoint
+from engine.checkpoint.save import alone, save_checkpoint
 from engine.checkpoint.slices import KINDS
 from engine.checkpoint.source import TensorSource, load_weights
 from engine.parallel.sharding import Entry
@@ -15,6 +15,7 @@ __all__ = [
     "Entry",
     "Resolved",
     "TensorSource",
+    "alone",
     "dtype_name",
     "latest_step",
     "load_weights",

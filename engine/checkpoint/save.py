@@ -1,7 +1,7 @@
 """Saving: every rank writes its slices into one fresh folder, rank 0 describes them, a rename makes it a checkpoint.
 
-Nothing is agreed by messages: the folder's name follows from the step, and the files in it say who has succeeded.
-The only communication is the barrier, which every rank passes the same number of times whatever happens to it.
+Whether a phase has succeeded is agreed by numbers that the ranks exchange, never by the presence of a file: a shared
+file system may answer from its cache (NFS remembers for a minute that a name was not there).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ from engine.checkpoint.slices import Entry, Part, cover_fault, part_of
 from engine.checkpoint.tensorfile import Block, write_tensors
 from engine.errors import UserError
 
-Barrier = Callable[[], None]
+Agree = Callable[[Sequence[float]], Sequence[float]]
+"""Sums of some numbers over all ranks; every rank calls it at the same points, with as many."""
 Assets = Mapping[str, Path | bytes]
+REASON = 1000
+"""Bytes that the ranks are told of an error on another one."""
+VISIBLE = 75.0
+"""Seconds in which a file of one machine must be seen by the others; NFS looks again after at most 60."""
 
 
-def save_checkpoint(root: Path, step: int, entries: Iterable[Entry], *, rank: int, world: int, barrier: Barrier,
+def save_checkpoint(root: Path, step: int, entries: Iterable[Entry], *, rank: int, world: int, agree: Agree,
                     meta: Mapping[str, Any], assets: Assets, keep: int = 0) -> Path:
     """Writes the checkpoint of a step under `root` (RUN/checkpoints) and moves `latest`; called by every rank.
 
@@ -34,78 +40,78 @@ def save_checkpoint(root: Path, step: int, entries: Iterable[Entry], *, rank: in
     Raises UserError on every rank when any rank fails; the temporary folder is then gone and `latest` untouched.
     """
     parts = [part_of(entry) for entry in entries if entry.piece.member.primary]
-    return save_parts(root, step, parts, rank=rank, world=world, barrier=barrier, meta=meta, assets=assets, keep=keep)
+    return save_parts(root, step, parts, rank=rank, world=world, agree=agree, meta=meta, assets=assets, keep=keep)
 
 
-def save_parts(root: Path, step: int, parts: Iterable[Part], *, rank: int, world: int, barrier: Barrier,
+def save_parts(root: Path, step: int, parts: Iterable[Part], *, rank: int, world: int, agree: Agree,
                meta: Mapping[str, Any], assets: Assets, keep: int = 0) -> Path:
     """`save_checkpoint` of parts that are read when they are written."""
-    save = _Save(root, step, rank, world)
-    if save.final.exists():
-        raise UserError(f"{save.final} exists already; a checkpoint is never written twice: delete it or use "
-                        "another --out")
-    save.attempt(save.prepare)
-    barrier()
-    save.attempt(lambda: save.write(list(parts)))
-    barrier()
-    if rank == 0:
-        save.attempt(lambda: save.finish(meta, assets, keep))
-    barrier()
-    if (save.final / MANIFEST).is_file() and save.error is None:
-        return save.final
-    failure = save.failure()
-    barrier()  # everyone has read why before it goes
-    if rank == 0:
-        shutil.rmtree(save.temporary, ignore_errors=True)
-        (root / INTENT).unlink(missing_ok=True)
-    raise failure from save.error
+    save = _Save(root, step, rank, world, agree)
+    save.phase(save.prepare)
+    save.phase(lambda: save.write(list(parts)))
+    save.phase(lambda: save.finish(meta, assets, keep))
+    return save.final
+
+
+def alone(numbers: Sequence[float]) -> Sequence[float]:
+    """The sums over one rank."""
+    return numbers
 
 
 class _Save:
     """One rank's part in one save."""
 
-    def __init__(self, root: Path, step: int, rank: int, world: int) -> None:
-        self.root, self.step, self.rank, self.world = root, step, rank, world
+    def __init__(self, root: Path, step: int, rank: int, world: int, agree: Agree) -> None:
+        self.root, self.step, self.rank, self.world, self.agree = root, step, rank, world, agree
         self.final = root / step_name(step)
         self.temporary = root / f".tmp-{self.final.name}"
-        self.error: Exception | None = None
+        self.announced = False
 
-    def attempt(self, phase: Callable[[], None]) -> None:
-        """Runs a phase unless one has failed; a failure is kept and written down for the others."""
-        if self.error is not None:
-            return
+    def phase(self, work: Callable[[], None]) -> None:
+        """Does this rank's work of a phase. Raises on every rank when any has failed; nothing of the save is left."""
+        error: Exception | None = None
         try:
-            phase()
-        except Exception as error:
-            self.error = error
-            try:
-                (self.temporary / f"failed-{self.rank:05d}").write_text(_reason(error, self.final), encoding="utf-8")
-            except OSError:
-                pass  # a disk without room for this line; the missing report says enough
+            work()
+        except Exception as raised:
+            error = raised
+        if not self.agree([float(error is not None)])[0]:
+            return
+        failure = self._failure(error)
+        if self.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            if self.announced:
+                (self.root / INTENT).unlink(missing_ok=True)
+        raise failure from error
 
-    def failure(self) -> Exception:
-        """What to raise: this rank's own error, or that of the first rank that wrote one down."""
-        if self.error is not None:
-            own = isinstance(self.error, (OSError, UserError))
-            return UserError(_reason(self.error, self.final)) if own else self.error
-        for marker in sorted(self.temporary.glob("failed-*")):
-            return UserError(f"rank {int(marker.name[7:])}: {marker.read_text(encoding='utf-8')}")
-        return UserError(f"{self.final} was not saved: rank 0 failed")
+    def _failure(self, error: Exception | None) -> Exception:
+        """What to raise: this rank's own error, or what the first rank that failed says of its own, byte by byte."""
+        failed = self.agree([float(error is not None and rank == self.rank) for rank in range(self.world)])
+        first = next(rank for rank, count in enumerate(failed) if count)
+        said = _reason(error, self.final).encode()[:REASON] if error is not None and first == self.rank else b""
+        told = self.agree([float(byte) for byte in said.ljust(REASON, b"\0")])
+        if isinstance(error, (OSError, UserError)):
+            return UserError(_reason(error, self.final))
+        reason = bytes(int(byte) for byte in told).rstrip(b"\0").decode(errors="replace")
+        return error if error is not None else UserError(f"rank {first}: {reason}")
 
     def prepare(self) -> None:
         """Rank 0 makes the fresh temporary folder; what crashed saves left behind goes first."""
-        if self.rank == 0:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for pattern in (".tmp-step-*", ".old-step-*"):
-                for leftover in self.root.glob(pattern):
-                    shutil.rmtree(leftover)
-            self.temporary.mkdir()
+        if self.rank > 0:
+            return
+        if self.final.exists():
+            raise UserError(f"{self.final} exists already; a checkpoint is never written twice: delete it or use "
+                            "another --out")
+        self.root.mkdir(parents=True, exist_ok=True)
+        for pattern in (".tmp-step-*", ".old-step-*"):
+            for leftover in self.root.glob(pattern):
+                shutil.rmtree(leftover)
+        self.temporary.mkdir()
 
     def write(self, parts: list[Part]) -> None:
-        """Writes this rank's slices, then its report: the report's presence is the proof that the slices are whole."""
-        if not self.temporary.is_dir():
-            raise UserError(f"{self.temporary} is not there on rank {self.rank}: rank 0 could not make it, or --out is "
-                            "not on a file system that all machines share")
+        """Writes this rank's slices, and a report of them for rank 0."""
+        if not _seen(lambda: os.scandir(self.temporary).close(), self.root):
+            raise UserError(f"{self.temporary} of rank 0 is not there on rank {self.rank}; --out must be on a file "
+                            "system that all machines share")
         name = f"rank-{self.rank:05d}.safetensors"
         blocks = [Block(part.key, part.dtype, part.extent, part.read) for part in parts]
         sums = write_tensors(self.temporary / name, blocks) if blocks else {}
@@ -116,15 +122,12 @@ class _Save:
 
     def finish(self, meta: Mapping[str, Any], assets: Assets, keep: int) -> None:
         """Rank 0: merges the reports, writes hf/ and the manifest, renames, moves `latest`, deletes the old."""
-        missing = [rank for rank in range(self.world) if not self._report(rank).is_file()]
-        if missing:
-            said = sorted(self.temporary.glob("failed-*"))
-            reason = f": {said[0].read_text(encoding='utf-8')}" if said else ""
-            raise UserError(f"{self.final} was not saved: rank {missing[0]} did not write its part{reason}")
+        if self.rank > 0:
+            return
         clash = sorted(set(meta) & set(OWN_KEYS))
         if clash:
             raise UserError(f"the checkpoint's meta cannot have the keys {', '.join(clash)}")
-        reports = [json.loads(self._report(rank).read_text(encoding="utf-8")) for rank in range(self.world)]
+        reports = [self._read_report(rank) for rank in range(self.world)]
         manifest = Manifest(self.step, meta, {r["file"]: r["bytes"] for r in reports if r["slices"]},
                             _write_assets(self.temporary / "hf", assets), _merge(reports))
         (self.temporary / MANIFEST).write_bytes(dump_manifest(manifest))
@@ -132,6 +135,7 @@ class _Save:
         for rank in range(self.world):
             self._report(rank).unlink()
         sync(self.temporary)
+        self.announced = True
         announce(self.root, self.final.name)
         os.rename(self.temporary, self.final)
         try:
@@ -144,6 +148,29 @@ class _Save:
 
     def _report(self, rank: int) -> Path:
         return self.temporary / f"rank-{rank:05d}.json"
+
+    def _read_report(self, rank: int) -> dict[str, Any]:
+        """What a rank has written; that it has, is agreed."""
+        found: list[str] = []
+        if not _seen(lambda: found.append(self._report(rank).read_text(encoding="utf-8")), self.temporary):
+            raise UserError(f"{self._report(rank)} of rank {rank} is not there on rank 0; --out must be on a file "
+                            "system that all machines share")
+        return dict(json.loads(found[0]))
+
+
+def _seen(look: Callable[[], None], folder: Path) -> bool:
+    """Whether what another machine has made can be opened here, in time."""
+    deadline = time.monotonic() + VISIBLE
+    while True:
+        try:
+            look()
+            return True
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                return False
+        time.sleep(0.2)
+        if folder.is_dir():
+            os.listdir(folder)  # has NFS ask its server again
 
 
 def _reason(error: Exception, final: Path) -> str:

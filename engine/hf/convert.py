@@ -15,7 +15,7 @@ import torch
 from engine.checkpoint.dtypes import DTYPES, dtype_name
 from engine.checkpoint.folders import HF_WEIGHTS, resolve, sync
 from engine.checkpoint.load import open_checkpoint
-from engine.checkpoint.save import save_parts
+from engine.checkpoint.save import alone, save_parts
 from engine.checkpoint.slices import Part
 from engine.checkpoint.source import TensorSource, match_names
 from engine.checkpoint.strict_json import parse_object
@@ -211,7 +211,7 @@ def write_run(model: Model, folder: Path, dtype: torch.dtype | None, say: Progre
     parts = [_part(model, name, shape, dtype) for name, shape in model.source.shapes.items()]
     assets = {**model.assets, **{name: data for name, data in hf_files(model, dtype).items() if name == "config.json"}}
     meta = {"samples": 0, "config": to_dict(run), "world": {"pp": 1, "dp": 1, "cp": 1, "tp": 1}}
-    step = save_parts(folder / "checkpoints", 0, parts, rank=0, world=1, barrier=lambda: None, meta=meta, assets=assets)
+    step = save_parts(folder / "checkpoints", 0, parts, rank=0, world=1, agree=alone, meta=meta, assets=assets)
     (folder / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
     size = sum(file.stat().st_size for file in step.glob("*.safetensors"))
     say(f"wrote checkpoints/{step.name}: {len(parts)} tensors, {size / 1e6:,.1f} MB")

@@ -201,9 +201,7 @@ class _Session:
                 "tokenizer": job.tokenizer.hash if job.tokenizer else None, "data": list(job.data)}
         folder = save_checkpoint(
             self.out / "checkpoints", engine.step, engine.optimizer.entries(), rank=self.place.rank,
-            world=self.place.world, barrier=self._barrier, meta=meta,
-            assets=self.assets,
-            keep=job.config.save.keep)
+            world=self.place.world, agree=engine.agree, meta=meta, assets=self.assets, keep=job.config.save.keep)
         self.say(f"saved {folder} in {time.perf_counter() - start:.2f} s")
 
     def _assets(self) -> dict[str, bytes]:
@@ -211,10 +209,6 @@ class _Session:
         found = assets_for(self.job.config.model, self.job.tokenizer, template=self.feed.chat_template,
                            origin=self.job.origin)
         return {name: item if isinstance(item, bytes) else item.read_bytes() for name, item in found.items()}
-
-    def _barrier(self) -> None:
-        if self.place.world > 1:
-            dist.barrier()
 
     def _mfu(self, flops_per_s: float) -> float | None:
         """Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B), where the device's peak is known."""

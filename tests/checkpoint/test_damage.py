@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint import Entry, latest_step, open_checkpoint, resolve, save_checkpoint
+from engine.checkpoint import Entry, alone, latest_step, open_checkpoint, resolve, save_checkpoint
 from engine.checkpoint.slices import cover_fault
 from engine.checkpoint.tensorfile import TensorFile
 from engine.errors import UserError
@@ -40,7 +40,7 @@ def entries(fill: float = 1.0) -> list[Entry]:
 @pytest.fixture
 def step(tmp_path: Path) -> Path:
     """A sound step folder."""
-    return save_checkpoint(tmp_path / "run" / "checkpoints", 3, entries(), rank=0, world=1, barrier=lambda: None,
+    return save_checkpoint(tmp_path / "run" / "checkpoints", 3, entries(), rank=0, world=1, agree=alone,
                            meta={"samples": 1, "config": {}, "world": {}}, assets={"config.json": b"{}"})
 
 

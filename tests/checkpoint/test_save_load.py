@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.checkpoint import KINDS, Entry, latest_step, load_weights, open_checkpoint, resolve, save_checkpoint
+from engine.checkpoint import (
+    KINDS,
+    Entry,
+    alone,
+    latest_step,
+    load_weights,
+    open_checkpoint,
+    resolve,
+    save_checkpoint,
+)
+from engine.checkpoint import save as saving
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.model import Decoder, Parts, stage_layers
@@ -64,20 +75,35 @@ def state(parameter: torch.Tensor, part: int, dp: int, seed: int | None) -> Iter
             yield Entry(kind, piece, full[piece.rows[0] : piece.rows[1]])
 
 
+class Talk:
+    """What threads that stand for ranks agree by: each call returns the sums of all their numbers."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier = threading.Barrier(world, timeout=60)
+        self.said: list[list[float]] = [[]] * world
+
+    def agree(self, rank: int, numbers: Sequence[float]) -> list[float]:
+        self.said[rank] = list(numbers)
+        self.barrier.wait()
+        sums = [sum(column) for column in zip(*self.said, strict=True)]
+        self.barrier.wait()
+        return sums
+
+
 def save(root: Path, step: int, ranks: list[Rank], **more: object) -> list[object]:
-    """Saves from one thread a rank; returns each rank's folder or exception."""
-    barrier = threading.Barrier(len(ranks))
+    """Saves from one thread a rank, named after it; returns each rank's folder or exception."""
+    talk = Talk(len(ranks))
     results: list[object] = [None] * len(ranks)
 
     def run(rank: int) -> None:
         try:
             results[rank] = save_checkpoint(
-                root, step, ranks[rank].entries, rank=rank, world=len(ranks), barrier=lambda: barrier.wait(20) and None,
+                root, step, ranks[rank].entries, rank=rank, world=len(ranks), agree=partial(talk.agree, rank),
                 **{"meta": META, "assets": ASSETS, **more})  # type: ignore[arg-type]
         except Exception as error:
             results[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ranks))]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(len(ranks))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -203,6 +229,54 @@ def test_a_bug_on_one_rank_stays_itself_and_the_others_stop_too(tmp_path: Path) 
     assert "a bug" in str(results[0])
 
 
+def test_success_is_agreed_and_not_read_from_a_disk_that_answers_late(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each machine's NFS client says for a while that what another machine has just made is not there."""
+    late = {"left": 6}
+    exists, is_file, scandir, read_text = Path.exists, Path.is_file, os.scandir, Path.read_text
+
+    def elsewhere() -> bool:
+        return threading.current_thread().name == "rank 1"
+
+    def listed(path: Path) -> object:
+        if elsewhere() and late["left"] > 3:
+            late["left"] -= 1
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    def read(path: Path, **more: str) -> str:
+        if path.name == "rank-00001.json" and late["left"] > 0:
+            late["left"] -= 1
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return read_text(path, **more)
+
+    monkeypatch.setattr(Path, "exists", lambda path, **more: not elsewhere() and exists(path, **more))
+    monkeypatch.setattr(Path, "is_file", lambda path, **more: not elsewhere() and is_file(path, **more))
+    monkeypatch.setattr(os, "scandir", listed)
+    monkeypatch.setattr(Path, "read_text", read)
+    results = save(tmp_path, 1, build(TINY, (1, 1, 2)))
+    assert results == [tmp_path / "step-00000001"] * 2 and late["left"] == 0
+    monkeypatch.undo()
+    assert open_checkpoint(tmp_path / "step-00000001").step == 1
+
+
+def test_a_rank_whose_machine_does_not_share_the_folder_is_named(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "VISIBLE", 0.5)
+    scandir = os.scandir
+
+    def listed(path: Path) -> object:
+        if threading.current_thread().name == "rank 1":
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    results = save(tmp_path, 1, build(TINY, (1, 1, 2)))
+    assert all("is not there on rank 1; --out must be on a file system that all machines share" in str(e)
+               for e in results), results
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(tmp_path: Path) -> None:
     [rank] = build(TINY, (1, 1, 1))
     save(tmp_path, 1, [rank])
@@ -248,7 +322,7 @@ def test_a_crash_at_any_system_call_leaves_one_whole_checkpoint(
         with monkeypatch.context() as patch:
             patch.setattr(os, call, dying(getattr(os, call), crash))
             try:
-                save_checkpoint(run / "checkpoints", 2, rank.entries, rank=0, world=1, barrier=lambda: None, meta=META,
+                save_checkpoint(run / "checkpoints", 2, rank.entries, rank=0, world=1, agree=alone, meta=META,
                                 assets=ASSETS)
                 return_normally = True
             except Crash:

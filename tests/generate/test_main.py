@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import Entry, save_checkpoint
+from engine.checkpoint import Entry, alone, save_checkpoint
 from engine.config import ModelConfig, RunConfig, to_dict
 from engine.data.chat import ChatEncoder, Message
 from engine.errors import UserError
@@ -38,7 +38,7 @@ def write_run(folder: Path, tokenizer: Path, config: ModelConfig = CONFIG) -> De
         entries += [Entry("model", piece, parameter.detach()[slice(*piece.rows)])
                     for piece in pieces(shard_of(parameter), 0, parameter.shape[0])]
     save_checkpoint(
-        folder / "checkpoints", 1, entries, rank=0, world=1, barrier=lambda: None,
+        folder / "checkpoints", 1, entries, rank=0, world=1, agree=alone,
         meta={"samples": 8, "config": to_dict(RunConfig(model=config)), "world": {"pp": 1, "dp": 1, "cp": 1, "tp": 1}},
         assets=dict(load_tokenizer(str(tokenizer)).files))
     return model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.checkpoint import Entry, save_checkpoint
+from engine.checkpoint import Entry, alone, save_checkpoint
 from engine.config import ModelConfig, RunConfig, to_dict
 from engine.data.chat import CHATML_TEMPLATE, ChatEncoder, Message
 from engine.hf import assets_for
@@ -89,7 +89,7 @@ def test_padding_rows_never_leave_and_transformers_loads_the_folder_with_its_tem
             entries += [Entry("model", p, parameter.detach()[p.rows[0] : p.rows[1]])
                         for p in pieces(shard, 0, parameter.shape[0])]
     meta = {"samples": 0, "config": to_dict(RunConfig(model=CONFIG)), "world": {"pp": 1, "dp": 1, "cp": 1, "tp": tp}}
-    save_checkpoint(tmp_path / "run" / "checkpoints", 7, entries, rank=0, world=1, barrier=lambda: None, meta=meta,
+    save_checkpoint(tmp_path / "run" / "checkpoints", 7, entries, rank=0, world=1, agree=alone, meta=meta,
                     assets=assets_for(CONFIG, tokenizer))
     convert(tmp_path / "run", tmp_path / "hf", to=None, dtype=None, shard_bytes=10**9, say=lambda line: None)
     tensors = load_file(tmp_path / "hf" / "model.safetensors")

@@ -41,7 +41,7 @@ def run_tp(rank: int, world: int, folder: str, out: str) -> Any:
     dist.all_gather(shards, part.contiguous())
     loss = engine.evaluate([batch])
     save_checkpoint(Path(out) / "checkpoints", 0, engine.optimizer.entries(), rank=rank, world=world,
-                    barrier=dist.barrier, meta={"samples": 0, "config": to_dict(config), "world": {"tp": world}},
+                    agree=engine.agree, meta={"samples": 0, "config": to_dict(config), "world": {"tp": world}},
                     assets=assets_for(config.model, None))
     return torch.cat(shards, dim=-1)[..., : config.model.vocab_size].numpy(), loss
 

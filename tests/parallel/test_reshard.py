@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toys
@@ -41,7 +40,7 @@ def save_and_go_on(rank: int, world: int, flags: str, root: Path, steps: int) ->
     engine = toys.make_engine(toys.make_config(flags), rank, world)
     toys.train(engine, SAVED)
     meta = {"samples": 0, "config": to_dict(engine.config), "world": {}, "optimizer_steps": engine.optimizer.steps}
-    save_checkpoint(root, engine.step, engine.optimizer.entries(), rank=rank, world=world, barrier=dist.barrier,
+    save_checkpoint(root, engine.step, engine.optimizer.entries(), rank=rank, world=world, agree=engine.agree,
                     meta=meta, assets={})
     saved = state(engine)
     return toys.train(engine, steps - SAVED), saved if rank == 0 else None
