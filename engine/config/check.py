@@ -188,8 +188,10 @@ def _check_optimizer(config: RunConfig) -> None:
     _at_least("peak_tflops", config.runtime.peak_tflops, 0)
     if not 0 <= config.runtime.seed < 1 << 64:
         raise UserError(f"--seed {config.runtime.seed} must be at least 0 and below 2^64")
-    if not 0 < config.runtime.timeout <= LONGEST_WAIT:
-        raise UserError(f"--timeout {config.runtime.timeout:g} must be above 0 seconds and at most {LONGEST_WAIT} (a "
-                        "year)")
+    for flag in ("timeout", "save_timeout"):
+        seconds = getattr(config.runtime, flag)
+        if not 0 < seconds <= LONGEST_WAIT:
+            raise UserError(f"--{flag.replace('_', '-')} {seconds:g} must be above 0 seconds and at most "
+                            f"{LONGEST_WAIT} (a year)")
     if not 0 <= config.data.split < 1:
         raise UserError(f"--split {config.data.split} must be at least 0 and below 1")

@@ -171,7 +171,9 @@ class RuntimeConfig:
     recompute: bool = False
     """Recompute each block's activations in the backward pass."""
     timeout: float = 300.0
-    """Seconds a collective waits for a peer before the run ends."""
+    """Seconds a rank may stand still in a step, or wait for one that does not answer, before the run ends."""
+    save_timeout: float = 3600.0
+    """The same while checkpoints are written, and while weights and data are opened: a disk may be slow."""
     requeue_exit: bool = False
     """When a signal has stopped the run before its end, exit with 75, not with 0: for a batch system that requeues."""
     peak_tflops: float = 0.0

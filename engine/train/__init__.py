@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it: launch, callbacks, metrics, watchdog."""
+"""The training loop and what surrounds it: launch, callbacks, metrics, watch."""

@@ -1,7 +1,7 @@
 """One rank's frame: how each kind of end looks, its device, its threads, its allocator.
 
 Bad input is known before a process group exists: one rank says it in one line and every rank exits with 2. A crash in
-one rank is written to the store with its name; the watchdog of every other rank reads it there and ends its process.
+one rank is written to the store with its name; the watch of every other rank reads it there and ends its process.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def without_frames(text: str) -> str:
 
 def quiet_torch() -> None:
     """Leaves torch's C++ warnings out, unless the user has set their level: each names a lost connection by some 20
-    lines of C++ frames, and the watchdog says in one line who has died."""
+    lines of C++ frames, and the watch says in one line who has died."""
     if "TORCH_CPP_LOG_LEVEL" in os.environ:
         return
     with contextlib.suppress(OSError, ValueError):  # ValueError: the symbol is another's

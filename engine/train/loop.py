@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from engine.data.batches import Batches
 from engine.data.prefetch import Prefetch
+from engine.parallel.heart import Phase
 from engine.plan import flops_of
 from engine.train.callbacks import Callback, StepRecord, peak_memory
 from engine.train.engine import Engine, StepResult
@@ -21,11 +22,12 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
     `mfu` turns FLOP/s into the share of the machine's peak. Raises Diverged before a weight moves when the
     loss or the gradient norm is not finite.
     """
-    config = engine.config.batch
+    config, heart = engine.config.batch, engine.mesh.heart
     final = min(config.steps, config.stop_after or config.steps)
     stop.begin()
     with Prefetch(batches, engine.step, final) as reader:
         while engine.step < final:
+            heart.enter(Phase.DATA, engine.step + 1)
             start = time.perf_counter()
             batch = reader.step(engine.step)
             waited = time.perf_counter() - start
@@ -35,6 +37,7 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
                                "has moved. Lower --lr, lengthen --warmup, or look at the data of this step")
             record = _record(engine, result, time.perf_counter() - start, waited, mfu)
             for callback in callbacks:
+                heart.enter(Phase.SAVE)
                 callback.after_step(record, record.stopped or engine.step == final)
             if record.stopped:
                 return engine.step == final

@@ -10,23 +10,20 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import engine as triax
 from engine.checkpoint import Checkpoint, TensorSource, load_weights, open_checkpoint, save_checkpoint
 from engine.checkpoint.grow import grown
 from engine.config import to_dict, to_yaml
 from engine.data.batches import Batch, Batches, rows_of, share_of
-from engine.errors import UserError
 from engine.hf import assets_for, open_hf, token_ids
 from engine.hf.serving import replaced
-from engine.mesh import Mesh, build_mesh
+from engine.mesh import Mesh
 from engine.model.shapes import VOCABULARY, logical_shapes
 from engine.plan import peak_flops
 from engine.train.callbacks import (
@@ -40,14 +37,12 @@ from engine.train.callbacks import (
     metrics_line,
 )
 from engine.train.engine import Engine
+from engine.train.gather import gathered
 from engine.train.job import Job
-from engine.train.launch import Diverged, ended, set_threads
 from engine.train.lock import RunLock
 from engine.train.loop import train
 from engine.train.place import Place
-from engine.train.rendezvous import connect, start_group
 from engine.train.signals import StopRequest
-from engine.train.watchdog import Watchdog
 
 EVALUATED_AT_ONCE = 8
 """Micro-batches of a stage between two looks at whether the run shall stop."""
@@ -79,40 +74,15 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
 
 def run(job: Job, place: Place, make_feed: MakeFeed, stop: StopRequest) -> int:
     """Runs a job on this rank to its end; returns the exit code."""
-    timeout = job.config.runtime.timeout
+    out = job.config.save.out
     with ExitStack() as stack:
-        store = connect(place, timeout) if place.world > 1 else None  # a taken port is known before anything is written
-        if place.rank == 0 and job.config.save.out:
-            stack.enter_context(RunLock(Path(job.config.save.out)))
-        set_threads(place.local_world)
-        start_group(place, job.device, timeout, store)
-        mesh = build_mesh(job.layout, place.rank, job.config.model.kv_heads, timedelta(seconds=timeout))
-        watchdog = _watch(job, place, mesh)
-        try:
+        def lock() -> None:
+            if place.rank == 0 and out:
+                stack.enter_context(RunLock(Path(out)))
+
+        with gathered(job.layout, job.config.model.kv_heads, job.config.runtime, place, job.device, lock) as mesh:
             finished = _Session(job, place, mesh, make_feed, stop).run()
-        except (UserError, Diverged) as error:  # every rank finds the same: no death to report
-            if watchdog is not None:
-                watchdog.stop()
-                raise ended(watchdog.store, place, error) from error
-            raise
-        except BaseException as error:
-            if watchdog is not None:
-                watchdog.report(error)
-            raise
-        if watchdog is not None:
-            watchdog.stop()
-            dist.barrier()
-            dist.destroy_process_group()
-        return 0 if finished else stop.code
-
-
-def _watch(job: Job, place: Place, mesh: Mesh) -> Watchdog | None:
-    if place.world == 1:
-        return None
-    store = connect(place, job.config.runtime.timeout, open_store=False)
-    watchdog = Watchdog(store, place.rank, place.world, str(mesh))
-    watchdog.watch()
-    return watchdog
+    return 0 if finished else stop.code
 
 
 class _Session:

@@ -1,0 +1,65 @@
+"""From single processes to the ranks of a run and back: the store, the watch, the process group, the mesh, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.config import Layout, RuntimeConfig
+from engine.errors import UserError
+from engine.mesh import Mesh, build_mesh
+from engine.parallel.heart import Heart, Phase
+from engine.train.launch import Diverged, ended, set_threads
+from engine.train.place import Place
+from engine.train.rendezvous import connect, start_group
+from engine.train.watch import Limits, Watch
+
+
+@contextmanager
+def gathered(layout: Layout, kv_heads: int, runtime: RuntimeConfig, place: Place, device: torch.device,
+             before: Callable[[], None] = lambda: None) -> Iterator[Mesh]:
+    """The mesh of this rank, under the watch from before the process group exists until all ranks have come to the end.
+
+    `before` runs on every rank once it is watched and before any rank waits for another. What is raised here, there or
+    inside is told to the other ranks, which then end, and is raised on.
+    """
+    set_threads(place.local_world)
+    limits = Limits(runtime.timeout, runtime.save_timeout)
+    if place.world == 1:
+        before()
+        yield _mesh(layout, kv_heads, limits, place, device, None, Heart())
+        return
+    store = connect(place, limits.peers)  # a taken port is known before anything is written
+    watch = Watch(connect(place, limits.peers, open_store=False), place.rank, place.world, limits,
+                  served="torchrun's agent" if place.agent else "rank 0",
+                  serves=place.rank == 0 and not place.agent)
+    watch.start()
+    store.set_timeout(timedelta(seconds=limits.last))
+    try:
+        before()
+        with watch.heart.waits():
+            mesh = _mesh(layout, kv_heads, limits, place, device, store, watch.heart)
+        watch.label = str(mesh)
+        watch.heart.enter(Phase.START)
+        yield mesh
+        watch.heart.enter(Phase.END)
+        with watch.heart.waits():
+            dist.barrier()
+    except (UserError, Diverged) as error:  # all ranks find the same, or are told: the run ends in order
+        watch.stop()
+        raise ended(watch.store, place, error) from error
+    except BaseException as error:
+        watch.report(error)
+        raise
+    watch.stop()
+    dist.destroy_process_group()
+
+
+def _mesh(layout: Layout, kv_heads: int, limits: Limits, place: Place, device: torch.device,
+          store: dist.Store | None, heart: Heart) -> Mesh:
+    start_group(place, device, limits.last, store)
+    return build_mesh(layout, place.rank, kv_heads, timedelta(seconds=limits.last), heart=heart)
