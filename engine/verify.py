@@ -12,7 +12,6 @@ import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from types import MappingProxyType
 from typing import Any
 
@@ -25,14 +24,13 @@ from engine.data.batches import Batch
 from engine.errors import UserError, shown
 from engine.kernels.cross_entropy import IGNORE
 from engine.kernels.dispatch import Kernels
-from engine.mesh import AXES, Mesh, build_mesh
+from engine.mesh import AXES, Mesh
 from engine.model.shapes import logical_shapes
 from engine.parallel.sharding import Entry, pieces, shard_of
 from engine.train.engine import Engine
 from engine.train.entry import only_told, prepared, print_help, run_entry
-from engine.train.launch import set_threads
+from engine.train.gather import gathered
 from engine.train.place import Place
-from engine.train.rendezvous import connect, start_group
 from engine.train.request import EntryPoint, Request, read_request, take_switches
 
 SHAPE: Mapping[str, Any] = MappingProxyType({
@@ -90,20 +88,17 @@ def _verify(argv: Sequence[str], place: Place) -> int:
     job = prepared(request, place)
     if only_told(job, place, request, None):
         return 0
-    set_threads(place.local_world)
-    timeout = job.config.runtime.timeout
-    start_group(place, job.device, timeout, connect(place, timeout) if place.world > 1 else None)
-    mesh = build_mesh(job.layout, place.rank, job.config.model.kv_heads, timedelta(seconds=timeout))
-    found = trace(job.config, mesh, job.device, job.dtype, job.kernels)
-    verdict = torch.zeros((), device=job.device)
-    if place.rank == 0:
-        wanted = trace(alone(job.config), Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), job.device, job.dtype,
-                       job.kernels)
-        verdict += 0 if report(found, wanted, job.config, str(job.layout)) else 1
-    if place.world > 1:
-        dist.broadcast(verdict, 0)  # the others wait here while rank 0 trains alone
-        dist.destroy_process_group()
-    return int(verdict)
+    with gathered(job.layout, job.config.model.kv_heads, job.config.runtime, place, job.device) as mesh:
+        found = trace(job.config, mesh, job.device, job.dtype, job.kernels)
+        verdict = torch.zeros((), device=job.device)
+        if place.rank == 0:
+            single = Mesh(Layout(), 0, dict.fromkeys(AXES, 0), heart=mesh.heart)
+            wanted = trace(alone(job.config), single, job.device, job.dtype, job.kernels)
+            verdict += 0 if report(found, wanted, job.config, str(job.layout)) else 1
+        if place.world > 1:
+            with mesh.heart.waits():  # the others wait here while rank 0 trains alone
+                dist.broadcast(verdict, 0)
+        return int(verdict)
 
 
 ENTRY = EntryPoint("engine.verify", UNREAD, lambda config: (), DEFAULTS)

@@ -77,7 +77,7 @@ class Run:
 
     def wait_for_step(self, step: int) -> None:
         """Returns once a step has been written down."""
-        until(lambda: any(line["step"] >= step for line in self.metrics()) or self.all_ended(), 90)
+        until(lambda: any(line["step"] >= step for line in self.metrics()) or self.all_ended(), 200)
         assert not self.all_ended(), self.said()
 
     def pids(self) -> list[int]:
@@ -103,7 +103,7 @@ class Run:
 
     def codes(self) -> list[int | None]:
         """Exit codes: torchrun's, or the ranks'."""
-        return [process.wait(60) for process in ([self.launcher] if self.launcher else self.ranks)]
+        return [process.wait(200) for process in ([self.launcher] if self.launcher else self.ranks)]
 
     def said(self) -> str:
         """Everything printed so far."""

@@ -18,9 +18,9 @@ class Process:
     birth: str
 
     @classmethod
-    def own(cls) -> Process:
-        """This one."""
-        return cls(os.getpid(), birth(os.getpid()))
+    def of(cls, pid: int) -> Process:
+        """The one that has this number now."""
+        return cls(pid, birth(pid))
 
     @property
     def alive(self) -> bool:

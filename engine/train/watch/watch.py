@@ -66,7 +66,7 @@ class Watch(threading.Thread):
 
     def start(self) -> None:
         """Writes this rank down and begins to watch. Raises what a store raises that has gone."""
-        store, own = self.store, Process.own()
+        store, own = self.store, Process.of(os.getpid())
         store.set_timeout(timedelta(seconds=self.limits.last))  # the guard ends a silence before torch complains of it
         if self.rank == 0:  # who has not come yet has an empty pulse; one that this erases is published again
             # torch's stub of `Store` lacks two of its methods.
