@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from engine.parallel.heart import Heart, Phase, Waited
+from engine.train.rendezvous import end_run, linger
 from engine.train.watch import Limits, Watch
 from engine.train.watch import watch as module
 from engine.train.watch.guard import Guard
@@ -183,14 +184,23 @@ def test_ranks_that_all_wait_end_and_one_that_saves_for_long_is_waited_for(
     assert "all ranks wait for each other, rank " in capfd.readouterr().err
 
 
-def test_a_refusal_of_one_rank_ends_all_with_its_code_and_words(
+def test_a_crash_of_one_rank_ends_all_in_its_name(
         pair: Callable[[Limits], list[Watch]], capfd: pytest.CaptureFixture[str]) -> None:
-    from engine.errors import UserError
-
     first, second = pair(Limits(1000.0, 1000.0))
-    first.report(UserError("another run is writing out/; wait for it"))
+    first.report(ValueError("the disk has gone"))
+    assert until(lambda: codes([second]) == [1])
+    said = capfd.readouterr().err
+    assert said.count("rank 0 (rank 0 of 2) failed: ValueError: the disk has gone; this rank ends") == 1
+
+
+def test_a_rank_that_ends_the_run_in_order_has_said_why_and_the_others_are_silent(
+        pair: Callable[[Limits], list[Watch]], capfd: pytest.CaptureFixture[str]) -> None:
+    first, second = pair(Limits(1000.0, 1000.0))
+    first.ended.set()
+    assert end_run(first.store, 0, 2, "error: another run is writing out/")
+    linger(first.store, 2)
     assert until(lambda: codes([second]) == [2])
-    assert capfd.readouterr().err.count("rank 0: another run is writing out/; wait for it") == 1
+    assert "another run" not in capfd.readouterr().err
 
 
 def test_the_end_of_the_run_is_no_fault(pair: Callable[[Limits], list[Watch]]) -> None:
