@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,9 @@ def check_data(config: RunConfig) -> Fingerprint:
     if not data:
         raise UserError("--data is needed: the prefix of a dataset that tools/preprocess_data.py has written; "
                         "`make demo` makes one to try")
+    if os.path.isfile(data) and not data.endswith((".bin", ".idx")):
+        raise UserError(f"--data {data} is a file of text, not the prefix of a dataset; make one of it: python "
+                        f"tools/preprocess_data.py --input {data} --tokenizer T --output-prefix P, and give --data P")
     if not {":", ","} & set(data) and not Path(f"{bare_prefix(data)}.idx").exists():
         raise UserError(f"no dataset at {data}.idx; tools/preprocess_data.py writes one from text, and `make demo` "
                         "makes the demo corpus")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import end_quietly, run_cli  # noqa: E402
+from engine.errors import UserError, end_quietly, run_cli  # noqa: E402
 
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
@@ -19,7 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts a thread
 
 from engine.config.command import Command, whole  # noqa: E402
 from engine.data.inputs import SPLITS, lost_whole  # noqa: E402
-from engine.data.preprocess import DEFAULT_SEED, Counts, Settings, preprocess  # noqa: E402
+from engine.data.preprocess import DEFAULT_SEED, HOW_TO_GET_ONE, Counts, Settings, preprocess  # noqa: E402
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -30,7 +30,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="F", dest="inputs",
                         help="files, folders, patterns")
-    parser.add_argument("--tokenizer", required=True, help="a .model file, or a folder with tokenizer.model or .json")
+    parser.add_argument("--tokenizer", help="needed: a .model file, or a folder with tokenizer.model or .json")
     parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--json-key", default="text", help="where the text is, in JSON and parquet")
     parser.add_argument("--split-text", choices=SPLITS, default="document", help="what a document is in plain text")
@@ -52,7 +52,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--unit-megabytes", type=whole(-1 << 20, 1 << 20), metavar="N",
                         help="what a process works on at a time, and may lose when it is killed (2 to 16)")
-    return parser.read(argv)
+    args = parser.read(argv)
+    if args.tokenizer is None:
+        raise UserError(f"--tokenizer is needed: {HOW_TO_GET_ONE}")
+    return args
 
 
 def _summary(prefix: str, counts: Counts, seconds: float) -> str:

@@ -35,15 +35,24 @@ def combine(prefixes: Sequence[str], output_prefix: str, overwrite: bool = False
     facts = [read_facts(prefix) for prefix in prefixes]
     _check_output(prefixes, output_prefix, overwrite)
     vocab_size = _check_alike(corpora, facts)
-    with IndexedWriter(output_prefix, vocab_size, dtype=corpora[0].dtype) as writer:
-        for corpus, fact in zip(corpora, facts, strict=True):
-            sums = file_sums(fact)
-            if sums is not None:
-                deque(sums["idx"].read(corpus.idx_path), maxlen=0)
-            corpus.verify_index()
-            _copy(corpus, writer, sums["bin"] if sums else None)
-        whole = _facts(prefixes, facts, writer)
-        writer.finish(whole)
+    try:
+        with IndexedWriter(output_prefix, vocab_size, dtype=corpora[0].dtype) as writer:
+            return _write(prefixes, corpora, facts, writer)
+    except OSError as error:
+        raise UserError(f"cannot write {output_prefix}: {error.strerror or error}; nothing of it is left") from None
+
+
+def _write(prefixes: Sequence[str], corpora: Sequence[IndexedDataset], facts: Sequence[Facts | None],
+           writer: IndexedWriter) -> Combined:
+    """Raises UserError for a corpus whose bytes are not those that its checksums vouch for, OSError of a full disk."""
+    for corpus, fact in zip(corpora, facts, strict=True):
+        sums = file_sums(fact)
+        if sums is not None:
+            deque(sums["idx"].read(corpus.idx_path), maxlen=0)
+        corpus.verify_index()
+        _copy(corpus, writer, sums["bin"] if sums else None)
+    whole = _facts(prefixes, facts, writer)
+    writer.finish(whole)
     return Combined(writer.documents, writer.tokens, whole is not None)
 
 

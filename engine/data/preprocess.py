@@ -27,8 +27,10 @@ from engine.data.quality_report import report_paths
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["DEFAULT_SEED", "Counts", "Settings", "prepare", "preprocess"]
+__all__ = ["DEFAULT_SEED", "HOW_TO_GET_ONE", "Counts", "Settings", "prepare", "preprocess"]
 
+HOW_TO_GET_ONE = ("give the folder of a model (with its tokenizer.model or tokenizer.json), or train a vocabulary on "
+                  "your text: python tools/train_tokenizer.py --input F --vocab-size 32000 --output DIR")
 _SMALL_INPUT = 2 << 20  # below this, starting processes takes longer than the work
 
 
@@ -55,6 +57,8 @@ def prepare(settings: Settings, say: Callable[[str], None] = print, comm: Any = 
         raise UserError(f"a unit of {settings.unit_bytes} bytes must be at least 1")
     if settings.workers is not None and settings.workers < 1:
         raise UserError(f"workers {settings.workers} must be at least 1")
+    if not os.path.exists(settings.tokenizer):
+        raise UserError(f"no tokenizer at {settings.tokenizer}: {HOW_TO_GET_ONE}")
     _make_folder(settings.output_prefix)
     tokenizer = load_tokenizer(settings.tokenizer)
     job = Job.of(settings, tokenizer)

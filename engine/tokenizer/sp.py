@@ -7,11 +7,11 @@ from pathlib import Path
 
 import sentencepiece
 
-from engine.errors import UserError
 from engine.tokenizer import sp_file
 from engine.tokenizer.base import Encoder, Tokenizer, check_encodable, token_dtype
 from engine.tokenizer.cut import SPACE, CutEncoder
 from engine.tokenizer.folder import hash_of
+from engine.tokenizer.sp_check import open_model
 from engine.tokenizer.sp_file import ModelFacts, model_facts, without_normalizer
 
 _FEW = 10  # below this many texts, starting sentencepiece's thread for a batch takes longer than the work
@@ -22,16 +22,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: Path, files: dict[str, Path]) -> None:
         """Raises UserError when the file is no sentencepiece model."""
-        self._model = sentencepiece.SentencePieceProcessor()
-        try:
-            self._model.Load(str(model))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{model} is no sentencepiece model: {str(error).splitlines()[0]}") from None
+        content = model.read_bytes()
+        self._model = open_model(content, model)
         self.vocab_size = int(self._model.GetPieceSize())
         self.bos_id = _present(self._model.bos_id())
         self.eos_id = _present(self._model.eos_id())
         self.pad_id = _present(self._model.pad_id())
-        self.files, self.hash = files, hash_of(model.read_bytes())
+        self.files, self.hash = files, hash_of(content)
 
     def _build_memo(self) -> tuple[Encoder | None, str]:
         """The memo where it is exact for this model, else sentencepiece for everything."""

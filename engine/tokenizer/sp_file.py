@@ -50,6 +50,20 @@ def model_facts(proto: bytes) -> ModelFacts:
     )
 
 
+def piece_texts(proto: bytes) -> list[bytes]:
+    """The bytes of each piece. Raises ValueError where the file, or a piece, is no protobuf message."""
+    texts: list[bytes] = []
+    for field, value, _ in _fields(proto):
+        if field == _PIECES:
+            if not isinstance(value, bytes):
+                raise ValueError("a piece is no message")
+            found = [text for number, text, _ in _fields(value) if number == 1]
+            if not found or not isinstance(found[-1], bytes):
+                raise ValueError(f"piece {len(texts)} has no text")
+            texts.append(found[-1])
+    return texts
+
+
 def without_normalizer(proto: bytes) -> bytes:
     """The same model for text that is normalised already: no prefix, no map, every space kept.
 

@@ -128,7 +128,11 @@ def train(
     proto = _patiently(lambda: _learn(sentences(documents()), vocab_size, model, special, coverage), say)
     if model == "unigram":
         proto = exact_scores(proto)
-    contents, report = _finish(proto, model, found, documents)
+    try:
+        contents, report = _finish(proto, model, found, documents)
+    except OSError as error:
+        raise UserError(f"cannot write to the folder for temporary files (TMPDIR names another): "
+                        f"{error.strerror or error}") from None
     settings = {"vocab_size": vocab_size, "model": model, "special": list(special), "character_coverage": coverage}
     contents[ABOUT] = as_file(_about(settings, report, proto, about or {}))
     place(output, contents)

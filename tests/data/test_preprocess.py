@@ -355,3 +355,14 @@ def test_a_gzip_bomb_is_read_in_bounded_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 80 << 20
     assert len(items) == 1 and "longer than" in str(items[0])
+
+
+def test_without_a_tokenizer_it_says_how_to_get_one(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl", ["a"])
+    tool = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source)]
+    for more, said in (([], "--tokenizer is needed: "), (["--tokenizer", "nowhere"], "no tokenizer at nowhere: ")):
+        command = [*tool, "--output-prefix", str(tmp_path / "o" / "c"), *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+        assert "python tools/train_tokenizer.py --input F --vocab-size 32000 --output DIR" in done.stderr
+    assert names(tmp_path) == {"in.jsonl"}

@@ -106,3 +106,11 @@ def test_two_processes_say_it_in_one_line(tmp_path: Path) -> None:
     finally:
         run.kill()
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_file_of_text_is_told_from_a_dataset(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    for more in ((), ("--check",)):
+        assert pretrain.main([*flags(str(tmp_path / "rows.csv")), *more]) == runs.BAD_INPUT
+        said = capfd.readouterr().err
+        assert said.count("\n") == 1 and "rows.csv is a file of text, not the prefix of a dataset" in said
