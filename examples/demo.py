@@ -228,7 +228,8 @@ def show(line: str, log: TextIO) -> None:
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The caller's environment without what a launcher left in it; our Python for the recipes; unbuffered output."""
     left = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in left}
+    started = ("OMPI_", "MV2_", "PMI_", "PMIX_", "SLURM_")  # a launcher's process, or an interactive step of srun
+    kept = {key: value for key, value in os.environ.items() if key not in left and not key.startswith(started)}
     return kept | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"} | dict(extra)
 
 

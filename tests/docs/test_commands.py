@@ -30,6 +30,8 @@ COVERED: Mapping[str, str] = {
     "NNODES=4 NODE_RANK=0 MASTER_ADDR=host0 "
     "bash examples/pretrain_7b.sh --tp 8 --sequence-parallel --data P --tokenizer T":
         "tests/launcher/test_polyglot.py::test_two_nodes_make_one_world",
+    "mpirun -n 8 bash examples/pretrain_7b.sh --tp 8 --sequence-parallel --data P --tokenizer T":
+        "tests/train/test_launch.py::test_mpirun_trains_one_run",
 }
 """Commands that are not run here, and the test that covers each: they need a network, hours or many GPUs."""
 

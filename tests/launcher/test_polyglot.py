@@ -63,7 +63,8 @@ def tree(tmp_path: Path) -> Tree:
     shutil.copy2(Path(__file__).parents[2] / "examples" / "pretrain_tiny.sh", root / "examples")
     records = tmp_path / "records"
     records.mkdir()
-    dropped = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    dropped = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE",
+               "PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT")
     dropped += ("RANK", "WORLD_SIZE", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHON",
                "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
     env = {key: value for key, value in os.environ.items() if key not in dropped}
