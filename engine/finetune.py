@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engine.config import RunConfig
-from engine.data.chat import CHATML_TEMPLATE
-from engine.data.fingerprint import Fingerprint, of_file
-from engine.errors import UserError
+from engine.config import DataConfig, RunConfig
+from engine.data.batches import Batch
+from engine.data.chat import CHATML_TEMPLATE, ChatEncoder
+from engine.data.fingerprint import Fingerprint, of_files
+from engine.errors import UserError, shown
 from engine.mesh import Mesh
 from engine.train.entry import enter
 from engine.train.job import Job
 from engine.train.request import EntryPoint
 from engine.train.run import Feed
-from engine.tune.batches import ChatBatches
+from engine.tune.batches import ChatBatches, head
+from engine.tune.encoded import Encoded, check_files, encode_files
+from engine.tune.files import chat_files
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType({
     "lr": 2e-5, "warmup": 20, "decay": "cosine", "weight_decay": 0.0, "global_batch": 16, "micro_batch": 4,
@@ -31,8 +33,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType({
 
 UNREAD: Mapping[str, str] = MappingProxyType({
     "verify_data": "files of rows have no checksums",
-    "mask_documents": "a row is a sequence of its own here, and sees no other",
-    "split": "tuning holds no part of --data back yet; give the held-back rows to --valid-data"})
+    "mask_documents": "a row is a sequence of its own here, and sees no other"})
 """Flags that mean nothing here."""
 
 
@@ -46,30 +47,59 @@ def check_data(config: RunConfig) -> Fingerprint:
     if not config.save.load and not config.save.resume:
         raise UserError("tuning starts from a trained model: give its folder (a run, a step or a Hugging Face folder) "
                         "with --load")
-    if not config.data.data:
-        raise UserError("--data is needed: a file of chat rows (.jsonl or .json); `make demo` makes one to try")
-    for flag, path in (("data", config.data.data), ("valid-data", config.data.valid_data)):
-        if path and not Path(path).is_file():
-            raise UserError(f"--{flag} {path} is not a file")
-    return of_file(config.data.data)
+    data = config.data
+    if not data.data:
+        raise UserError("--data is needed: files of chat rows (.jsonl, .json, .csv, .parquet), joined by commas; `make "
+                        "demo` makes one to try")
+    paths = chat_files(data.data)
+    held = chat_files(data.valid_data, "--valid-data") if data.valid_data else []
+    tallies = [check_files(files, config.batch.seq_len, ignored_keys(data))
+               for files in (paths, held) if files]  # what cannot be read is known before any process group exists
+    idle = sorted(ignored_keys(data).difference(*(tally.unused for tally in tallies)))
+    if idle:
+        raise UserError(f"--ignore-keys {shown(','.join(idle))}: no row holds anything under that name; leave it out")
+    # Another share or another key left out makes other rows, as other files do: sample k would be another one.
+    share = data.split
+    split = 0.0 if held else share
+    return [{**one, "split": split, "ignored keys": sorted(ignored_keys(data))} for one in of_files(paths)]
+
+
+def ignored_keys(data: DataConfig) -> frozenset[str]:
+    """The keys of rows that the user leaves out."""
+    return frozenset(key for key in (name.strip() for name in data.ignore_keys.split(",")) if key)
 
 
 def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
-    """Rows in their seeded order for training, the first ones of --valid-data for evaluation."""
+    """Rows in their seeded order for training; for evaluation the first of --valid-data, or of what --split holds
+    back."""
     config = job.config
     if job.tokenizer is None:
         raise UserError(f"{config.save.load} holds no tokenizer; give one with --tokenizer")
-    train = ChatBatches(config.data.data, job.tokenizer, seq_len=config.batch.seq_len,
-                        global_batch=config.batch.global_batch, dp_rank=mesh.dp, dp=mesh.size("dp"),
-                        seed=config.runtime.seed, origin=origin)
-    valid = None
-    if config.data.valid_data and config.save.eval_samples:
-        held = ChatBatches(config.data.valid_data, job.tokenizer, seq_len=config.batch.seq_len,
-                           global_batch=1, seed=config.runtime.seed)
-        valid = held.head(config.save.eval_samples)
-    epochs = config.batch.steps * config.batch.global_batch / train.epoch_size
-    return Feed(train, valid, f"{train.summary()}; {epochs:.2f} epochs in {config.batch.steps} steps",
-                train.epoch_size, CHATML_TEMPLATE)
+    encoder, ignored, data = ChatEncoder(job.tokenizer), ignored_keys(config.data), config.data
+    rows, tally = encode_files(chat_files(data.data), encoder, config.batch.seq_len, ignored)
+    held = None
+    if data.valid_data:
+        held = encode_files(chat_files(data.valid_data, "--valid-data"), encoder, config.batch.seq_len, ignored)[0]
+    elif data.split:
+        rows, held = rows.split(data.split)
+    batches = ChatBatches(rows, global_batch=config.batch.global_batch, dp_rank=mesh.dp, dp=mesh.size("dp"),
+                          seed=config.runtime.seed, origin=origin)
+    valid = head(held, config.save.eval_samples) if held is not None and config.save.eval_samples else None
+    epochs = config.batch.steps * config.batch.global_batch / len(rows)
+    summary = (f"{tally.summary()}; {rows.tokens:,} tokens, {rows.supervised:,} of them learned "
+               f"({rows.supervised / rows.tokens:.1%}); {epochs:.2f} epochs in {config.batch.steps} steps; "
+               f"{_held_back(held, valid, config)}")
+    return Feed(batches, valid, summary, len(rows), CHATML_TEMPLATE)
+
+
+def _held_back(held: Encoded | None, valid: Batch | None, config: RunConfig) -> str:
+    """What is evaluated, in words."""
+    if held is None:
+        unheard = f", so --eval-every {config.save.eval_every} evaluates nothing" if config.save.eval_every else ""
+        return f"nothing held back{unheard} (--split 0.1 or --valid-data holds rows back)"
+    read = 0 if valid is None else len(valid.tokens)
+    source = "of --valid-data" if config.data.valid_data else "of --data"
+    return f"held back: {len(held):,} rows {source}, {read:,} read in an evaluation"
 
 
 if __name__ == "__main__":

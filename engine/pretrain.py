@@ -28,6 +28,7 @@ from engine.train.run import Feed
 
 _CPU = torch.device("cpu")
 UNREAD: Mapping[str, str] = MappingProxyType({
+    "ignore_keys": "a corpus is token ids, and has no keys",
     "chat_template": "pretraining has no turns; engine.finetune learns a template"})
 """Flags that mean nothing here."""
 

@@ -41,8 +41,8 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType({
 """A rate of 1e-2 would do for any layout's first step, but over 20 steps training itself magnifies rounding beyond the
 bounds."""
 UNREAD: Mapping[str, str] = MappingProxyType({
-    **dict.fromkeys(("data", "valid_data", "new_data", "verify_data", "split", "tokenizer", "chat_template",
-                     "load", "resume"),
+    **dict.fromkeys(("data", "valid_data", "new_data", "verify_data", "split", "ignore_keys", "tokenizer",
+                     "chat_template", "load", "resume"),
                     "verification trains on tokens and weights made from --seed"),
     **dict.fromkeys(("out", "save_every", "keep", "log_every", "peak_tflops"), "verification writes nothing"),
     **dict.fromkeys(("eval_every", "eval_samples"), "verification evaluates nothing"),

@@ -115,13 +115,16 @@ class DataConfig:
     """Where the tokens come from."""
 
     data: str = ""
-    """Dataset prefix, or a blend P1:0.7,P2:0.3; for tuning, a file of chat rows (jsonl, json)."""
+    """Dataset prefix, or a blend P1:0.7,P2:0.3; for tuning, files of chat rows (json, csv, parquet): F1,F2."""
     valid_data: str = ""
     """Held-back data of the same kind."""
     new_data: bool = False
     """With --resume: go on with other data than the run was trained on, which is an error otherwise."""
     split: float = 0.0
-    """Share of --data's documents (the last ones) held back for evaluation when --valid-data is not given."""
+    """Share of --data held back for evaluation when --valid-data is not given: the last documents of a corpus; in
+    tuning, rows chosen by what they say."""
+    ignore_keys: str = ""
+    """In tuning, keys of rows and messages to leave out though they hold content, joined by commas."""
     verify_data: bool = False
     """Before the first step, read the corpora through and compare them with the checksums their .json files hold."""
     mask_documents: bool = False

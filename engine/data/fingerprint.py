@@ -33,9 +33,9 @@ def of_corpora(spec: str) -> list[dict[str, Any]]:
     return found
 
 
-def of_file(path: str) -> list[dict[str, Any]]:
-    """A file of rows."""
-    return [{"path": path, "bytes": os.path.getsize(path), "crc32": _crc_of_ends(Path(path))}]
+def of_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Files of rows."""
+    return [{"path": str(path), "bytes": os.path.getsize(path), "crc32": _crc_of_ends(path)} for path in paths]
 
 
 def difference(then: Any, now: Fingerprint) -> str | None:

@@ -1,123 +1,178 @@
-"""Rows of tuning data, of any of the usual kinds, read as lists of messages. A bad row is named, never skipped.
+"""One row of tuning data, of any of the usual kinds, as messages. A bad row is refused by name, never skipped.
 
 Kinds, told apart row by row by their keys:
-    messages                                   role, content; content is text or a list of typed text parts
-    conversations                              from, value (human, gpt) or role, content
-    prompt + completion | response             text, or lists of messages
-    instruction (+ input) + output             input follows the instruction after an empty line
-    question + answer
-"system" beside any of them is the first message. In a message, "train": false, "weight": 0 or "loss_weight": 0 says
-that it is context only.
+    messages | conversations                    role, content or from, value; content is text or a list of text parts
+    a question and its answer                   prompt, instruction, question or input, with completion, response,
+                                                output or answer; each text or a list of messages
+"input" beside an instruction follows it after an empty line; "system" is the first message. In a message, "train":
+false, "weight": 0 or "loss_weight": 0 says that it is context only. What other keys may hold: engine/tune/keys.py.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import IO, Any, cast
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from engine.data.chat import Message
-from engine.errors import UserError
+from engine.errors import UserError, shown
+from engine.tune.keys import is_nothing, unused_keys
 
 ROLES = ("system", "user", "assistant", "tool")
-MAX_LINE = 1 << 26
-"""Longest line of a .jsonl file in bytes, unpacked; a longer one is no conversation but an accident or an attack."""
-MAX_ARRAY = 1 << 30
-"""Largest .json array in bytes, unpacked: it must be in memory whole."""
-_ALIASES = {"human": "user", "gpt": "assistant"}
-_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
-_KINDS = "messages, conversations, " + ", ".join(" + ".join(pair) for pair in _PAIRS)
+ALIASES: Mapping[str, str] = MappingProxyType({
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "bot": "assistant", "model": "assistant", "developer": "system", "ipython": "tool", "observation": "tool",
+    "function": "tool"})
+"""Other people's names of roles."""
+LISTS = ("messages", "conversations")
+ASKED = ("prompt", "instruction", "question", "input")
+ANSWERED = ("completion", "response", "output", "answer")
+WEIGHTS = ("train", "weight", "loss_weight")
+"""Beside a message: whether it is learned."""
+KINDS = f"{' or '.join(LISTS)}, or one of {', '.join(ASKED)} with one of {', '.join(ANSWERED)}"
 
 
-def read_chats(path: str | Path) -> Iterator[list[Message]]:
-    """The conversations of a .jsonl file or of a .json array, gzipped or not (told by content, not by name).
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, and the keys of its row that hold something and were not read: they describe it, or repeat it, or
+    the user leaves them out."""
 
-    Raises UserError naming file, line (or row of the array) and keys when a row cannot be understood."""
-    for where, row in _rows(Path(path)):
-        try:
-            if not isinstance(row, dict):
-                raise UserError(f"a row is an object, not {type(row).__name__}")
-            yield messages_of(row)
-        except UserError as error:
-            keys = f" (the row's keys: {', '.join(map(str, row))})" if isinstance(row, dict) else ""
-            raise UserError(f"{where}: {error}{keys}") from error
+    messages: list[Message]
+    unused: frozenset[str] = frozenset()
+
+    @property
+    def empty_answers(self) -> int:
+        """Answers without a word. They are not learned: they would teach to end a turn before it begins."""
+        return sum(message.role == "assistant" and not message.content.strip() for message in self.messages)
 
 
-def messages_of(row: Mapping[str, Any]) -> list[Message]:
-    """The messages of one row. Raises UserError saying what is wrong with it."""
-    for key in ("tools", "history"):
-        if row.get(key):
-            raise UserError(f'plain ChatML cannot express "{key}"; write it into the messages or remove it')
-    messages = _turns(row)
-    system = row.get("system")
-    if system and messages[0].role != "system":
-        messages.insert(0, Message("system", _text(system)))
+def chat_of(row: Any, ignored: Collection[str] = ()) -> Chat:
+    """The conversation in a row: an object of a known kind, or a list of messages. `ignored` keys are as if absent.
+    Raises UserError saying what is wrong with it."""
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise UserError(f"a row is an object, not {_kind(row)}")
+    found = {key: value for key, value in row.items() if key not in ignored}
+    asked, answered = _keys_read(found)
+    read = {asked, answered} - {""}
+    if asked == "instruction" and "input" in found:
+        read.add("input")
+    for key in WEIGHTS:
+        if found.get(key, True) not in (None, 1):
+            raise UserError(f'"{key}" is {shown(found[key], 40)} and stands beside a whole row; only a message '
+                            "can have it")
+    unused = unused_keys(row, {*read, "system", *WEIGHTS}, ignored, of_row=True, whole=[found[key] for key in read])
+    messages = _side(found[asked] if answered else _list(asked, found[asked]), "user", ignored, unused)
+    if answered:
+        messages = [replace(message, learn=False) for message in messages]
+        if "input" in read - {asked} and not is_nothing(found["input"]):
+            messages[-1] = replace(messages[-1], content=f"{messages[-1].content}\n\n{_text(found['input'])}")
+        messages += _side(found[answered], "assistant", ignored, unused)
+    return Chat(_with_system(found.get("system"), messages), frozenset(unused))
+
+
+def _keys_read(row: Mapping[str, Any]) -> tuple[str, str]:
+    """(key of the messages, "") or (key of the question, key of the answer); the first that hold something."""
+    for key in LISTS:
+        if key in row and not is_nothing(row[key]):
+            return key, ""
+    pair = [next((key for key in keys if not is_nothing(row.get(key))), next((key for key in keys if key in row), ""))
+            for keys in (ASKED, ANSWERED)]
+    if all(pair):
+        return pair[0], pair[1]
+    emptied = [key for key in LISTS if key in row]
+    if emptied:
+        raise UserError(f'"{emptied[0]}" holds no message')
+    plain = '; plain text is for engine.pretrain, after tools/preprocess_data.py' if "text" in row else ""
+    raise UserError(f"no known kind of row; one needs {KINDS}{plain}")
+
+
+def _with_system(system: Any, messages: list[Message]) -> list[Message]:
+    """The messages, behind the row's own system message unless they begin with the same one."""
+    if is_nothing(system):
+        return messages
+    text = _text(system)
+    if messages[0].role != "system":
+        return [Message("system", text), *messages]
+    if messages[0].content.strip() != text.strip():
+        raise UserError('"system" and the first message are two system messages that differ; join them, or leave one '
+                        "out with --ignore-keys system")
     return messages
 
 
-def _turns(row: Mapping[str, Any]) -> list[Message]:
-    for key in ("messages", "conversations"):
-        if key in row:
-            return _side(row[key], "user")
-    for asked, answered in _PAIRS:
-        if asked in row and answered in row:
-            prompt = [replace(message, learn=False) for message in _side(row[asked], "user")]
-            if asked == "instruction" and row.get("input"):
-                prompt[-1] = replace(prompt[-1], content=f"{prompt[-1].content}\n\n{_text(row['input'])}")
-            return prompt + _side(row[answered], "assistant")
-    raise UserError(f"no known kind of row; one needs {_KINDS}")
-
-
-def _side(value: Any, role: str) -> list[Message]:
-    """A text as one message of `role`, or a list of messages."""
-    if isinstance(value, str):
-        return [Message(role, _text(value), role == "assistant")]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"messages are a list of at least one, not {type(value).__name__} {str(value)[:40]}")
-    return [_message(number, message) for number, message in enumerate(value, 1)]
-
-
-def _message(number: int, message: Any) -> Message:
-    if not isinstance(message, dict):
-        raise UserError(f"message {number} is an object with role and content, not {type(message).__name__}")
-    named = message.get("role", message.get("from"))
-    role = _ALIASES.get(named, named) if isinstance(named, str) else named
-    if role not in ROLES:
-        raise UserError(f"message {number} has role {named!r}; roles are {', '.join(ROLES)} (or human, gpt)")
-    if message.get("tool_calls"):
-        raise UserError(f"message {number} has tool_calls, which plain ChatML cannot express; write them as text")
+def _list(key: str, value: Any) -> list[Any]:
+    """The messages of a conversation; a table holds them as JSON text."""
     try:
-        content = _text(message.get("content", message.get("value")))
-        return Message(role, content, _learned(role, message))
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        found = value
+    if not isinstance(found, list):
+        raise UserError(f'"{key}" is a list of messages, not {_kind(found)}')
+    return found
+
+
+def _side(value: Any, role: str, ignored: Collection[str], unused: set[str]) -> list[Message]:
+    """A text as one message of `role`, or a list of messages; adds to `unused`."""
+    if isinstance(value, list) and value:
+        return [_message(number, message, ignored, unused) for number, message in enumerate(value, 1)]
+    if isinstance(value, Mapping):
+        raise UserError(f"messages are text or a list of messages, not an object with {_names(value)}")
+    text = _text(value)
+    return [Message(role, text, role == "assistant" and bool(text.strip()))]
+
+
+def _message(number: int, message: Any, ignored: Collection[str], unused: set[str]) -> Message:
+    if not isinstance(message, dict):
+        raise UserError(f"message {number} is {_kind(message)}; messages are objects with role and content")
+    found = {key: value for key, value in message.items() if key not in ignored}
+    says, speaks = _first_held(found, ("content", "value")), _first_held(found, ("role", "from"))
+    named = found.get(speaks)
+    lower = named.strip().lower() if isinstance(named, str) else ""
+    role = ALIASES.get(lower, lower)
+    if role not in ROLES:
+        raise UserError(f"message {number} has role {shown(repr(named), 80)}; roles are {', '.join(ROLES)} (or "
+                        f"{', '.join(ALIASES)})")
+    try:
+        unused |= unused_keys(message, {speaks, says, *WEIGHTS}, ignored)
+        content = _text(found.get(says), unused, ignored)
+        return Message(role, content, _learned(role, found) and bool(content.strip()))
     except UserError as error:
         raise UserError(f"message {number} ({role}): {error}") from error
+
+
+def _first_held(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    """The first of the keys that holds something, else the first."""
+    return next((key for key in keys if not is_nothing(fields.get(key))), keys[0])
 
 
 def _learned(role: str, message: Mapping[str, Any]) -> bool:
     """What the message says about itself; an assistant's is learned unless it says no."""
     answer = role == "assistant"
-    for key in ("train", "weight", "loss_weight"):
+    for key in WEIGHTS:
         value = message.get(key)
         if value is None:
             continue
         if value not in (0, 1):
-            raise UserError(f'"{key}" is {value!r}; it may be 0 (false) or 1 (true)')
+            raise UserError(f'"{key}" is {shown(repr(value), 80)}; it may be 0 (false) or 1 (true)')
         if value and role != "assistant":
             raise UserError(f'"{key}" is {value!r}, but only what the assistant says is learned')
         answer = answer and bool(value)
     return answer
 
 
-def _text(content: Any) -> str:
-    """Text, or the joined text of a list of parts {"type": "text", "text" | "value": ..}."""
+def _text(content: Any, unused: set[str] | None = None, ignored: Collection[str] = ()) -> str:
+    """Text; the digits of a whole number; nothing for null; or the joined text of a list of parts. Adds to `unused`."""
+    if content is None:
+        return ""
     if isinstance(content, list):
-        return "".join(_part(part) for part in content)
+        return "".join(_part(part, set() if unused is None else unused, ignored) for part in content)
+    if type(content) is int:
+        return str(content)
     if not isinstance(content, str):
-        raise UserError(f"content is text or a list of text parts, not {type(content).__name__}")
+        raise UserError(f"content is text or a list of text parts, not {_kind(content)}")
     try:
         content.encode()
     except UnicodeEncodeError as error:
@@ -125,62 +180,27 @@ def _text(content: Any) -> str:
     return content
 
 
-def _part(part: Any) -> str:
+def _part(part: Any, unused: set[str], ignored: Collection[str]) -> str:
     if isinstance(part, str):
         return _text(part)
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    kind = part.get("type") if isinstance(part, dict) else _kind(part)
     if kind != "text":
-        raise UserError(f"content has a part of type {kind!r}; only text can be learned from")
-    text = part.get("text", part.get("value"))
-    if not isinstance(text, str):
-        raise UserError(f"a text part holds {type(text).__name__} where its text should be")
-    return _text(text)
+        raise UserError(f"content has a part of type {shown(repr(kind), 80)}; only text can be learned from")
+    held = _first_held(part, ("text", "value"))
+    if not isinstance(part.get(held), str):
+        raise UserError(f"a text part holds {_kind(part.get(held))} where its text should be")
+    unused |= unused_keys(part, {"type", held}, ignored)
+    return _text(part[held])
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, the parsed row) of every row."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; tuning reads a .jsonl file or a .json array of chat rows")
-    try:
-        with _open(path) as file:
-            head = cast(Any, file).peek(256)
-            array = head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-            yield from _array(path, file) if array else _lines(path, file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or cut short: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+def _kind(value: Any) -> str:
+    """A value as messages name it."""
+    if value is None or isinstance(value, (bool, list)):
+        return "null" if value is None else "true or false" if isinstance(value, bool) else "a list"
+    kind = {dict: "an object", str: "the text", int: "the number", float: "the number"}.get(type(value))
+    told = f" {shown(value, 40)}" if isinstance(value, (str, int, float)) else ""
+    return f"{kind or type(value).__name__}{told}"
 
 
-def _open(path: Path) -> IO[bytes]:
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return cast(IO[bytes], gzip.open(path, "rb")) if packed else open(path, "rb")
-
-
-def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    number = 0
-    while line := file.readline(MAX_LINE + 1):
-        number += 1
-        where = f"{path}, line {number}"
-        if len(line) > MAX_LINE:
-            raise UserError(f"{where} is longer than {MAX_LINE} bytes")
-        if line.strip(b"\xef\xbb\xbf \t\r\n"):
-            yield where, _parse(line, where)
-
-
-def _array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    text = file.read(MAX_ARRAY + 1)
-    if len(text) > MAX_ARRAY:
-        raise UserError(f"{path} is a JSON array of more than {MAX_ARRAY} bytes; write it as .jsonl, a row a line")
-    for number, row in enumerate(_parse(text, str(path)), 1):
-        yield f"{path}, row {number}", row
-
-
-def _parse(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except RecursionError as error:
-        raise UserError(f"{where} is nested too deeply") from error
-    except ValueError as error:  # also what is no UTF-8
-        raise UserError(f"{where} is not JSON: {error}") from error
+def _names(fields: Mapping[str, Any]) -> str:
+    return ", ".join(shown(key, 40) for key in list(fields)[:8]) or "no keys"

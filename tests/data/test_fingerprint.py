@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.data.fingerprint import difference, of_corpora, of_file
+from engine.data.fingerprint import difference, of_corpora, of_files
 from engine.data.indexed import IndexedWriter
 from engine.errors import UserError
 
@@ -73,12 +73,12 @@ def test_anything_may_stand_in_a_checkpoint(tmp_path: Path, then: object) -> Non
 def test_a_file_of_rows_is_known_by_its_size_and_its_ends(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"a" * 200_000)
-    then = saved(of_file(str(path)))
-    assert difference(then, of_file(str(path))) is None
+    then = saved(of_files([path]))
+    assert difference(then, of_files([path])) is None
     path.write_bytes(b"a" * 199_999 + b"b")
-    assert "crc32" in str(difference(then, of_file(str(path))))
+    assert "crc32" in str(difference(then, of_files([path])))
     path.write_bytes(b"a" * 200_001)
-    assert "with bytes 200000, and" in str(difference(then, of_file(str(path))))
+    assert "with bytes 200000, and" in str(difference(then, of_files([path])))
 
 
 def test_it_is_read_at_once_from_data_of_any_size(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 from engine.data.inputs.items import (
     MAX_RECORD_BYTES,
@@ -20,13 +20,17 @@ from engine.data.inputs.items import (
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _READ = 1 << 16
+_LONGEST_WORD = 16
+"""Characters of "-Infinity" or an escape, which may be cut at the end of what has been read; and a few more."""
+LENIENT = json.JSONDecoder(parse_int=float)
+"""int refuses more digits than a few thousand."""
 
 
-class _Window:
+class Window:
     """The text between what has been read and what has been used: all before `at`."""
 
     def __init__(self, stream: IO[bytes], encoding: str) -> None:
-        self._stream, self._decoder = stream, decoder(encoding)
+        self._stream, self._decoder, self.encoding = stream, decoder(encoding), encoding
         self.text, self.at, self.ended = "", 0, False
         self._line, self._counted = 1, 0  # the number of the line that this place in the text is on
         self.grow()
@@ -51,6 +55,10 @@ class _Window:
                 return ""
             self.grow()
 
+    def line_at(self, position: int) -> int:
+        """The number of the line that a position in the text, not before `at`, stands on."""
+        return self.here() + self.text.count("\n", self.at, position)
+
     def here(self) -> int:
         """The number of the line the next character stands on."""
         self._line += self.text.count("\n", self._counted, self.at)
@@ -58,31 +66,53 @@ class _Window:
         return self._line
 
 
+class Element(NamedTuple):
+    """A value of an array, the line it begins on, and whether all its bytes are of the encoding."""
+
+    line: int
+    value: Any
+    whole: bool
+
+
 def read_array(stream: IO[bytes], encoding: str, json_key: str) -> Iterator[Document | Fault]:
     """A document an element. After an element that is no JSON the next cannot be found: one fault, and the end."""
-    window = _Window(stream, encoding)
+    window = Window(stream, encoding)
+    for found in read_elements(window):
+        if isinstance(found, Fault):
+            yield found
+            return
+        try:
+            if not found.whole:
+                raise BadRecord(NOT_OF_ENCODING)
+            yield Document(found.line, text_of_row(found.value, json_key))
+        except BadRecord as error:
+            yield Fault(found.line, str(error))
+    if window.peek():
+        yield Fault(window.here(), "there is more text after the array's end")
+
+
+def read_elements(window: Window, decoder: json.JSONDecoder = LENIENT,
+                  most: int = MAX_RECORD_BYTES) -> Iterator[Element | Fault]:
+    """The elements of the array that begins next, each of at most `most` characters, until the window is behind it. A
+    fault ends them."""
     window.peek()
-    window.at += 1  # the bracket by which the file was told to be an array
+    window.at += 1  # the bracket by which this was told to be an array
     following = window.peek()
     while following and following != "]":
         line = window.here()
         try:
-            row, whole = _element(window)
+            value, whole = take_value(window, decoder, most)
         except BadRecord as error:
             yield Fault(line, f"{error}; the array cannot be read beyond this element")
             return
-        try:
-            if not whole:
-                raise BadRecord(NOT_OF_ENCODING)
-            yield Document(line, text_of_row(row, json_key))
-        except BadRecord as error:
-            yield Fault(line, str(error))
+        yield Element(line, value, whole)
         following = window.peek()
         if following == ",":
             window.at += 1
             following = window.peek()
             if following == "]":
-                following = ","  # a comma with nothing behind it is no JSON, and is said to be none
+                yield Fault(window.here(), "not JSON: a comma with nothing behind it before the array's end")
+                return
         elif following and following != "]":
             yield Fault(window.here(), f"not JSON: {following!r} where a comma or ] should be; the array ends here")
             return
@@ -90,24 +120,32 @@ def read_array(stream: IO[bytes], encoding: str, json_key: str) -> Iterator[Docu
         yield Fault(window.here(), "the file ends within the array")
         return
     window.at += 1
-    if window.peek():
-        yield Fault(window.here(), "there is more text after the array's end")
 
 
-def _element(window: _Window) -> tuple[object, bool]:
+def take_value(window: Window, decoder: json.JSONDecoder = LENIENT, most: int = MAX_RECORD_BYTES) -> tuple[Any, bool]:
     """The next value, and whether all its bytes are of the encoding. Raises BadRecord."""
-    decoder = json.JSONDecoder(parse_int=float)  # int refuses more digits than a few thousand
     while True:
         try:
             value, end = decoder.raw_decode(window.text, window.at)
             if end < len(window.text) or window.ended:  # else a number might go on
                 begin, window.at = window.at, end
                 return value, window.text.find(NO_TEXT, begin, end) < 0
-            problem = "longer than read"
-        except (ValueError, RecursionError) as error:
-            problem = str(error)
-        if window.ended:
+            problem, final = "longer than read", False
+        except json.JSONDecodeError as error:  # its line and column are the window's own, and tell nothing
+            place, begins = window.line_at(error.pos), window.here()
+            problem = error.msg + (f" (on line {place})" if place != begins else "")
+            final = _is_final(error)
+        except ValueError as error:
+            problem, final = str(error), True
+        except RecursionError:
+            problem, final = "nested too deeply", True
+        if window.ended or final:
             raise BadRecord(f"not JSON: {problem}")
-        if len(window.text) - window.at > MAX_RECORD_BYTES:
-            raise BadRecord(f"the element is longer than {MAX_RECORD_BYTES:,} bytes, or not JSON: {problem}")
+        if len(window.text) - window.at > most:
+            raise BadRecord(f"the element is longer than {most:,} bytes, or not JSON: {problem}")
         window.grow()
+
+
+def _is_final(error: json.JSONDecodeError) -> bool:
+    """Whether more text would not mend it: the fault lies before the end of what has been read."""
+    return error.pos < len(error.doc) - _LONGEST_WORD and not error.msg.startswith("Unterminated string")

@@ -44,6 +44,31 @@ def read_rows(path: str, start: int, stop: int, column: str) -> Iterator[Documen
         raise OSError(f"pyarrow: {str(error).splitlines()[0]}") from None
 
 
+def read_table(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, columns) of every row of a file. Raises UserError when pyarrow is missing, for two columns of one
+    name and for text that is not UTF-8, OSError for a file it cannot read."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f'{path} needs the package "pyarrow": pip install pyarrow') from None
+    row = 0
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f'{path}: two columns are named "{shown(twice)}"')
+            for batch in file.iter_batches(batch_size=_ROWS):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield row, values
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, row {row + 1} or later: the text is not UTF-8: {error.reason}") from None
+    except pyarrow.ArrowException as error:
+        raise OSError(f"pyarrow: {str(error).splitlines()[0]}") from None
+
+
 def _offset(group: Any) -> int:
     """The byte at which a row group begins."""
     chunk = group.column(0)
