@@ -29,6 +29,7 @@ from engine import pretrain
 from engine.parallel.executor import Executor
 from engine.train import run
 from engine.train.entry import enter
+from engine.train.request import EntryPoint
 
 WHERE, MARK = os.environ["SLOW"], os.environ["MARK"]
 
@@ -45,7 +46,7 @@ if WHERE == "save":
 if WHERE == "evaluation":
     Executor.evaluate = slow(Executor.evaluate, 0.5)
 make_feed = slow(pretrain.make_feed, 1000.0) if WHERE == "start" else pretrain.make_feed
-sys.exit(enter("slow", sys.argv[1:], (), {}, pretrain.check_data, make_feed))
+sys.exit(enter(EntryPoint("slow", {}, pretrain.check_data), sys.argv[1:], (), (), make_feed))
 '''
 
 
