@@ -66,12 +66,15 @@ def replace_unprintable() -> None:
 
 
 def print_all(text: str) -> None:
-    """Prints the whole of what a command has to say. The reader (head, less) may go before the end: that is no
-    error."""
+    """Prints the whole of what a command has to say. The reader (head, less) may go before the end: that is no error.
+    Raises UserError where the output goes to a full disk."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         _drop_output()
+    except OSError as error:
+        _drop_output()
+        raise UserError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def _drop_output() -> None:
