@@ -13,9 +13,9 @@ from types import MappingProxyType
 import torch
 
 from engine.checkpoint import Entry, TensorSource, load_weights, open_checkpoint, resolve
+from engine.checkpoint.source import match_names
 from engine.config import ModelConfig
 from engine.config.command import Command, given_text, real, whole
-from engine.config.flags import from_dict
 from engine.data.chat import ChatEncoder, Message
 from engine.errors import UserError, run_cli
 from engine.hf import open_hf, read_token_ids, token_ids
@@ -164,7 +164,8 @@ def load_for_inference(path: str, dtype: torch.dtype, device: torch.device) -> t
         config, source, assets = folder.config, folder, resolved.folder
     else:
         checkpoint = open_checkpoint(resolved.folder)
-        config, source, assets = from_dict(checkpoint.config).model, checkpoint.source(), checkpoint.assets
+        config, source, assets = checkpoint.run_config().model, checkpoint.source(), checkpoint.assets
+    match_names(source.place, source.shapes, logical_shapes(config))  # before memory is taken for what is not there
     tokenizer = load_tokenizer(str(assets))  # before the weights, which take long
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(

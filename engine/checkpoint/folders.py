@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,11 +13,15 @@ from engine.errors import UserError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+OLD = ".old-"
+"""Begins the name of a step that is being deleted."""
 INTENT = ".latest.new"
 """The next `latest`, written before the step folder gets its name. A crash between the two renames leaves it behind,
 and readers then follow it: the step it names is whole."""
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """What an HF folder with weights holds, either of them."""
+LOCK = ".lock"
+"""A file of the run folder, locked as long as a run writes there."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -33,11 +38,17 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def named_step(name: str) -> int | None:
+    """The step of a folder's name; None where it is not a step folder's."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def step_folders(root: Path) -> dict[int, Path]:
     """The complete step folders under RUN/checkpoints, by step."""
     if not root.is_dir():
         return {}
-    found = {int(match[1]): entry for entry in root.iterdir() if (match := _STEP.fullmatch(entry.name))}
+    found = {step: entry for entry in root.iterdir() if (step := named_step(entry.name)) is not None}
     return {step: found[step] for step in sorted(found) if (found[step] / MANIFEST).is_file()}
 
 
@@ -70,8 +81,11 @@ def resolve(path: Path | str) -> Resolved:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a run folder, a step folder or a Hugging Face folder")
     if (folder / MANIFEST).is_file():
+        if folder.parent.name == "checkpoints":
+            repair(folder.parent.parent)
         return Resolved("step", folder)
     if (folder / "checkpoints").is_dir():
+        repair(folder)
         step = latest_step(folder)
         if step is None:
             raise UserError(f"{folder} is a run folder without a checkpoint")
@@ -94,16 +108,65 @@ def announce(root: Path, folder: str) -> None:
 
 
 def publish(root: Path) -> None:
-    """Moves `latest` to the announced folder."""
+    """Moves `latest` to the announced folder, and forces it to the disk."""
     os.replace(root / INTENT, root / LATEST)
     sync(root)
+
+
+def repair(run: Path) -> None:
+    """Finishes in a run folder what a run did not live to finish: `tidy`, unless a run is writing there.
+
+    Where the folder cannot be written nothing happens: readers then follow INTENT by themselves."""
+    root = run / "checkpoints"
+    if not (root / INTENT).exists() and not any(root.glob(OLD + "*")):
+        return
+    try:
+        with open(run / LOCK, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tidy(root)
+    except OSError:
+        pass
+
+
+def tidy(root: Path) -> None:
+    """Moves `latest` to the step that was about to be it, and deletes steps whose deletion had begun; for whoever holds
+    the run's lock. What is half written stays for the next save, which begins by deleting it."""
+    intent = root / INTENT
+    if intent.is_file():
+        word = intent.read_text(encoding="utf-8", errors="replace").strip()
+        if named_step(word) is not None and (root / word / MANIFEST).is_file():
+            publish(root)
+        else:
+            intent.unlink()  # its step was never whole
+    for gone in root.glob(OLD + "*"):
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def later_steps(root: Path, step: int) -> list[Path]:
+    """What stands under RUN/checkpoints with the name of a later step, whole or not."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if (named_step(path.name) or 0) > step)
+
+
+def go_back(root: Path, step: int) -> None:
+    """Makes a step the latest: `latest` names it, and later ones are set aside as step-00000020.old (.old2, ..)."""
+    later = later_steps(root, step)
+    if (root / step_name(step) / MANIFEST).is_file():
+        announce(root, step_name(step))
+        publish(root)  # first: a crash among the renames leaves a run that goes on from this step
+    for path in later:
+        names = (path.with_name(f"{path.name}.old{number}") for number in ("", *range(2, 1000)))
+        os.rename(path, next(name for name in names if not name.exists()))
+    if later:
+        sync(root)
 
 
 def prune(root: Path, keep: int, latest: Path) -> None:
     """Deletes all but the newest `keep` step folders (0 keeps all), never `latest`; what resists stays."""
     for folder in list(step_folders(root).values())[:-keep] if keep else []:
         if folder != latest:
-            gone = root / f".old-{folder.name}"
+            gone = root / f"{OLD}{folder.name}"
             try:
                 os.rename(folder, gone)  # first out of sight: a half-deleted step must not look like one
             except OSError:

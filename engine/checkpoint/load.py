@@ -13,13 +13,18 @@ import numpy as np
 import torch
 
 from engine.checkpoint.dtypes import CODES, DTYPES
+from engine.checkpoint.folders import named_step
 from engine.checkpoint.manifest import LogicalTensor, Manifest, Slice, load_manifest
 from engine.checkpoint.slices import KINDS, Entry, Shape, cover_fault, overlap, window
 from engine.checkpoint.source import match_dtypes, match_names
+from engine.checkpoint.stored_config import stored_config
 from engine.checkpoint.tensorfile import TensorFile
-from engine.errors import UserError
+from engine.config import RunConfig
+from engine.errors import UserError, shown
 from engine.signature import refuse_pointer
 
+MOST = 1 << 48
+"""Steps and samples beyond any run."""
 CHECKERS = 2
 """Threads that compute checksums ahead of the copying."""
 
@@ -53,9 +58,20 @@ class Checkpoint:
         return int(self.manifest.meta["samples"])
 
     @property
+    def optimizer_steps(self) -> int:
+        """Updates of the optimizer. Raises UserError where the checkpoint holds weights alone."""
+        if "optimizer_steps" not in self.manifest.meta:
+            raise UserError(f"{shown(self.folder)} holds no optimizer; use --load, which takes the weights alone")
+        return int(self.manifest.meta["optimizer_steps"])
+
+    @property
     def config(self) -> dict[str, Any]:
         """The run's config, as `engine.config.to_dict` made it."""
         return dict(self.manifest.meta["config"])
+
+    def run_config(self) -> RunConfig:
+        """The run's config. Raises UserError for what a newer Triax has put there, and for a model that cannot be."""
+        return stored_config(self.config, self.folder, self.manifest.writer)
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -195,9 +211,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
-    for key, kind in (("samples", int), ("config", dict), ("world", dict)):
-        if type(manifest.meta.get(key)) is not kind:
-            raise UserError(f"{folder}: the manifest has no {key}")
+    _check_meta(folder, manifest)
     for name, size in manifest.files.items():
         _check_size(folder / name, size)
     for stray in sorted(folder.glob("*.safetensors")):
@@ -210,6 +224,23 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         if zlib.crc32((folder / "hf" / name).read_bytes()) != crc:
             raise UserError(f"{folder / 'hf' / name} does not match its checksum: it is damaged or was edited")
     return Checkpoint(folder, manifest, files)
+
+
+def _check_meta(folder: Path, manifest: Manifest) -> None:
+    """The counts and tables beside the tensors are what they must be."""
+    for key in ("config", "world"):
+        if not isinstance(manifest.meta.get(key), dict):
+            raise UserError(f"{shown(folder)}: the manifest has no {key}")
+    counts = {"step": manifest.step, "samples": manifest.meta.get("samples"),
+              "optimizer_steps": manifest.meta.get("optimizer_steps", 0)}
+    for key, value in counts.items():
+        if value is None:
+            raise UserError(f"{shown(folder)}: the manifest has no {key}")
+        if type(value) is not int or not 0 <= value < MOST:
+            raise UserError(f"{shown(folder)}: {key} in the manifest is {shown(value, 40)}, not a number below {MOST}")
+    if named_step(folder.name) not in (None, manifest.step):
+        raise UserError(f"{shown(folder)} holds step {manifest.step}: the folder was renamed, or the manifest is "
+                        "another's; give the folder its own name again")
 
 
 def _check_size(path: Path, size: int) -> None:

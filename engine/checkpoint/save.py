@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.dtypes import dtype_name
-from engine.checkpoint.folders import INTENT, MANIFEST, announce, prune, publish, step_name, sync
+from engine.checkpoint.folders import INTENT, MANIFEST, OLD, announce, prune, publish, step_name, sync
 from engine.checkpoint.manifest import OWN_KEYS, PLAIN, LogicalTensor, Manifest, Slice, dump_manifest
 from engine.checkpoint.slices import Entry, Part, cover_fault, part_of
 from engine.checkpoint.tensorfile import Block, write_tensors
@@ -102,7 +102,7 @@ class _Save:
             raise UserError(f"{self.final} exists already; a checkpoint is never written twice: delete it or use "
                             "another --out")
         self.root.mkdir(parents=True, exist_ok=True)
-        for pattern in (".tmp-step-*", ".old-step-*"):
+        for pattern in (".tmp-step-*", f"{OLD}*"):
             for leftover in self.root.glob(pattern):
                 shutil.rmtree(leftover)
         self.temporary.mkdir()

@@ -10,7 +10,14 @@ import torch
 
 from engine.checkpoint.dtypes import dtype_name
 from engine.checkpoint.slices import Entry, Shape
-from engine.errors import UserError
+from engine.errors import UserError, shown
+
+PART = 1 << 22
+"""Elements looked at at once."""
+LOOKED_AT = 100_000
+"""Names that are folded; a file may hold any number."""
+GROUPS = 24
+"""Names a message lists, those that differ by a number counted as one: more than a whole model of ours has."""
 
 
 class TensorSource(Protocol):
@@ -38,9 +45,29 @@ def load_weights(source: TensorSource, entries: Iterable[Entry], expected: Mappi
     is missing, extra or of another shape.
     """
     match_names(source.place, source.shapes, expected)
-    for entry in entries:
-        if entry.kind in ("model", "master"):
-            entry.tensor.detach().copy_(source.read(entry.piece.member.name, entry.piece.start, entry.piece.extent))
+    filled = [entry for entry in entries if entry.kind in ("model", "master")]
+    for entry in filled:
+        entry.tensor.detach().copy_(source.read(entry.piece.member.name, entry.piece.start, entry.piece.extent))
+    refuse_nonfinite(source.place, filled)
+
+
+def refuse_nonfinite(place: str, entries: Iterable[Entry]) -> None:
+    """UserError where tensors that were filled from `place` hold NaN or infinity; it names them."""
+    wrong = sorted({entry.piece.member.name if entry.kind in ("model", "master") else entry.name
+                    for entry in entries if not all_finite(entry.tensor)})
+    if wrong:
+        raise UserError(f"{shown(place)} holds NaN, infinity, or values beyond the number format of this run in "
+                        f"{compress(wrong)}; such a model computes nothing: take another checkpoint, or find out what "
+                        "wrote this one")
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; by parts, since torch's own test makes copies of what it is given."""
+    values = tensor.detach().reshape(-1)
+    found = torch.ones((), dtype=torch.bool, device=tensor.device)
+    for part in values.split(PART):
+        found &= torch.isfinite(part).all()
+    return bool(found)
 
 
 def match_names(place: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
@@ -76,13 +103,17 @@ def match_dtypes(place: str, pairs: Iterable[tuple[str, torch.dtype, torch.dtype
 
 
 def compress(names: Iterable[str]) -> str:
-    """All names in one line, numbers folded: `model.layers.{0-3,7}.mlp.up_proj.weight`."""
+    """Names in one line, numbers folded: `model.layers.{0-3,7}.mlp.up_proj.weight`; the first GROUPS of them."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for name in names:
+    names = list(names)
+    for name in names[:LOOKED_AT]:
         match = re.fullmatch(r"(.*?\.)(\d{1,9})(\..*)", name, re.DOTALL)
         key, number = ((match[1], match[3]), int(match[2])) if match else ((name, ""), -1)
         groups.setdefault(key, []).append(number)
-    return ", ".join(a if numbers == [-1] else f"{a}{{{_ranges(numbers)}}}{b}" for (a, b), numbers in groups.items())
+    words = [a if numbers == [-1] else f"{a}{{{_ranges(numbers)}}}{b}" for (a, b), numbers in groups.items()]
+    unseen = max(0, len(words) - GROUPS) + max(0, len(names) - LOOKED_AT)
+    more = f" and {unseen:,} more" if unseen else ""
+    return ", ".join(shown(word, 100) for word in words[:GROUPS]) + more
 
 
 def _ranges(numbers: list[int]) -> str:

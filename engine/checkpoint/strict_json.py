@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.errors import UserError
+from engine.errors import UserError, shown
 from engine.signature import refuse_pointer
 
 
@@ -39,8 +40,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        twice = Counter(names).most_common(1)[0][0]  # counting each by itself would be quadratic
+        raise ValueError(f"the key '{shown(twice, 100)}' stands twice")
     return found
 
 

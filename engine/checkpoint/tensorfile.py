@@ -22,11 +22,13 @@ import torch
 
 from engine.checkpoint.dtypes import CODE_BYTES, CODES, code_dtype, dtype_name
 from engine.checkpoint.strict_json import parse_object
-from engine.errors import UserError
+from engine.errors import UserError, shown
 from engine.signature import first_bytes, refuse_pointer, what_it_is
 
 MAX_HEADER = 100 << 20
 """Bytes of the longest header; the safetensors library has the same limit."""
+DIMS = 8
+"""The most dims of a tensor; the product of a million sizes would take minutes."""
 ALIGNMENT = 8
 """The data section begins at a multiple of this."""
 INLINE = 1 << 20
@@ -105,12 +107,12 @@ def _read_header(file: io.BufferedReader, size: int, path: Path) -> dict[str, St
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"the header of {path} has a __metadata__ that is not text")
     data = 8 + length
-    found = {name: _stored(entry, data, f"{path}: {name!r}") for name, entry in header.items()}
+    found = {name: _stored(entry, data, path, name) for name, entry in header.items()}
     expected = data
     for name, stored in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stored.begin != expected:
             word = "overlaps the tensor before it" if stored.begin < expected else "leaves a hole before it"
-            raise UserError(f"{path}: {name!r} {word}")
+            raise UserError(f"{shown(path)}: '{shown(name)}' {word}")
         expected = stored.end
     if expected != size:
         what = "cut short" if size < expected else "damaged, or something was added to it"
@@ -118,24 +120,29 @@ def _read_header(file: io.BufferedReader, size: int, path: Path) -> dict[str, St
     return found
 
 
-def _stored(entry: Any, data: int, what: str) -> Stored:
+def _stored(entry: Any, data: int, path: Path, name: str) -> Stored:
     """One entry of a header, checked by itself."""
+    def what() -> str:
+        return f"{shown(path)}: '{shown(name)}'"
+
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{what} must have dtype, shape and data_offsets in the header")
+        raise UserError(f"{what()} must have dtype, shape and data_offsets in the header")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in CODE_BYTES:
-        raise UserError(f"{what} has the unknown dtype {code!r}")
+        raise UserError(f"{what()} has the unknown dtype '{shown(code)}'")
+    if isinstance(shape, list) and len(shape) > DIMS:
+        raise UserError(f"{what()} has {len(shape):,} dims; tensors of at most {DIMS} are read")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise UserError(f"{what} has shape {shape!r} and data_offsets {offsets!r}, which are not sizes")
+        raise UserError(f"{what()} has shape {shown(shape)} and data_offsets {shown(offsets)}, which are not sizes")
     if offsets[1] - offsets[0] != math.prod(shape) * CODE_BYTES[code]:
-        raise UserError(f"{what} has {offsets[1] - offsets[0]} bytes, but shape {shape} of {code} needs "
-                        f"{math.prod(shape) * CODE_BYTES[code]}")
+        raise UserError(f"{what()} has {shown(offsets[1] - offsets[0], 40)} bytes, but shape {shown(shape)} of {code} "
+                        f"needs {shown(math.prod(shape) * CODE_BYTES[code], 40)}")
     return Stored(code, tuple(shape), data + offsets[0], data + offsets[1])
 
 
 def _naturals(values: Any) -> bool:
-    """Whether `values` is a list of whole numbers, none negative."""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    """Whether `values` is a list of whole numbers, none negative or beyond any file."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def write_tensors(path: Path, blocks: Sequence[Block], metadata: Mapping[str, str] | None = None) -> dict[str, int]:

@@ -62,8 +62,8 @@ def plan_layout(config: RunConfig, world: int) -> Layout:
 
 def check(config: RunConfig, world: int) -> Layout:
     """Checks every rule and returns the layout; raises UserError with the flag, both numbers and valid choices."""
-    _check_choices(config)
-    _check_model(config.model)
+    check_choices(config)
+    check_model(config.model)
     layout = plan_layout(config, world)
     _check_parallel(config)
     _check_batch(config, layout)
@@ -96,7 +96,8 @@ CHOICES = (
 )
 
 
-def _check_choices(config: RunConfig) -> None:
+def check_choices(config: RunConfig) -> None:
+    """Raises UserError for a word that is none of a flag's."""
     if config.runtime.dtype == "fp16":
         raise UserError("--dtype fp16 needs loss scaling, which Triax does not have; use --dtype bf16 or fp32")
     for group, name, options in CHOICES:
@@ -108,7 +109,8 @@ def _check_choices(config: RunConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {shown(value, 80)!r} is not known; {hint}")
 
 
-def _check_model(model: ModelConfig) -> None:
+def check_model(model: ModelConfig) -> None:
+    """Raises UserError for a network that cannot be."""
     for flag, most in MOST.items():
         _at_least(flag, getattr(model, flag), 1)
         if getattr(model, flag) > most:

@@ -207,6 +207,15 @@ def from_dict(content: Mapping[str, Any]) -> RunConfig:
     return build(values)
 
 
+def unknown_fields(content: Mapping[str, Any]) -> list[str]:
+    """The groups and fields (`group.field`) of a `to_dict` that this Triax does not have."""
+    leaves = _leaves()
+    known = {leaf.group: {name for name in leaves if leaves[name].group == leaf.group} for leaf in leaves.values()}
+    found = [group for group in content if group not in known]
+    return found + [f"{group}.{name}" for group, inner in content.items() if group in known and isinstance(inner, dict)
+                    for name in inner if name not in known[group]]
+
+
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The resolved config as nested plain values."""
     return asdict(config)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from engine.checkpoint.folders import HF_WEIGHTS, resolve, sync
 from engine.checkpoint.load import open_checkpoint
 from engine.checkpoint.save import alone, save_parts
 from engine.checkpoint.slices import Part
-from engine.checkpoint.source import TensorSource, match_names
+from engine.checkpoint.source import TensorSource, all_finite, compress, match_names
 from engine.checkpoint.strict_json import parse_object
 from engine.checkpoint.tensorfile import Block, write_tensors
 from engine.config import ModelConfig, RunConfig, to_dict, to_yaml
-from engine.config.flags import from_dict
-from engine.errors import UserError
+from engine.errors import UserError, shown
 from engine.hf.assets import COPIED, dump
 from engine.hf.config import FAMILIES, HF_DTYPES, config_from_hf, config_to_hf
 from engine.hf.files import plain_file
@@ -36,12 +35,14 @@ Assets = dict[str, Path | bytes]
 
 @dataclass(frozen=True)
 class Model:
-    """Weights to be converted: `kind` "hf" or "engine", the network, its tensors, the files beside them."""
+    """Weights to be converted: `kind` "hf" or "engine", the network, its tensors, the files beside them; `nonfinite`
+    collects the names of tensors that were read and hold NaN or infinity."""
 
     kind: str
     config: ModelConfig
     source: TensorSource
     assets: Assets
+    nonfinite: set[str] = field(default_factory=set)
 
     def dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
         """The format a tensor is written in."""
@@ -52,8 +53,12 @@ class Model:
         shape = self.source.shapes[name]
         values = self.source.read(name, (0,) * len(shape), shape)
         cast = values.to(self.dtype(name, wanted))
-        if cast.dtype == torch.float16 != values.dtype and bool((cast.isinf() & values.isfinite()).any()):
-            raise UserError(f"{name} has values up to {float(values.abs().max()):.3g}, beyond fp16; use --dtype bf16")
+        if not all_finite(values):
+            self.nonfinite.add(name)
+        elif not all_finite(cast):
+            wider = "bf16" if cast.dtype == torch.float16 else "fp64"
+            most, word = float(values.abs().max()), dtype_name(cast.dtype)
+            raise UserError(f"{name} has values up to {most:.3g}, beyond {word}; use --dtype {wider}")
         return cast
 
 
@@ -64,7 +69,7 @@ def open_model(path: Path | str) -> Model:
         source = open_hf(found.folder)
         return Model("hf", source.config, source, _hf_assets(found.folder, source.config))
     checkpoint = open_checkpoint(found.folder)
-    config = from_dict(checkpoint.config).model
+    config = checkpoint.run_config().model
     # A model whose head is tied has none; a checkpoint that holds one contradicts its config and is refused here.
     match_names(str(found.folder), checkpoint.source().shapes, logical_shapes(config))
     assets: Assets = {name: checkpoint.assets / name for name in checkpoint.manifest.assets}
@@ -97,6 +102,10 @@ def convert(load: Path, save: Path, *, to: str | None, dtype: str | None, shard_
             write_hf(model, folder, wanted, shard_bytes, say)
         else:
             write_run(model, folder, wanted, say)
+    if model.nonfinite:
+        names = compress(sorted(model.nonfinite))
+        say(f"warning: {shown(model.source.place)} holds NaN or infinity in {names}; it was converted as it is, and "
+            "computes nothing")
     return to
 
 

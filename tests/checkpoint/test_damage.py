@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint import Entry, alone, latest_step, open_checkpoint, resolve, save_checkpoint
+from engine.checkpoint import Entry, alone, latest_step, manifest, open_checkpoint, resolve, save_checkpoint
 from engine.checkpoint.slices import cover_fault
+from engine.checkpoint.source import match_names
 from engine.checkpoint.tensorfile import TensorFile
 from engine.errors import UserError
 from engine.parallel.sharding import Piece, split_rows
@@ -116,7 +118,24 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "asset parent": (lambda m: m["assets"].update({"../manifest.json": {"bytes": 1, "crc32": 1}}), "not a plain"),
     "unlisted": (lambda m: m["tensors"][B]["slices"][0].update(file="/dev/zero"), "not one of the files"),
     "negative": (lambda m: m["tensors"][B]["slices"][0].update(offset=[-1, 0]), "not a whole number"),
-    "huge": (lambda m: m["tensors"][B].update(shape=[10**30, 4]), "not whole"),
+    "huge": (lambda m: m["tensors"][B].update(shape=[10**30, 4]), "not a whole number below"),
+    "vast": (lambda m: m["tensors"][B].update(shape=[2**62, 4]), "b.weight is not whole"),
+    "dims": (lambda m: m["tensors"][B].update(shape=[1] * 10**5), "shape is not a list of at most 8 sizes"),
+    "dtype list": (lambda m: m["tensors"][B].update(dtype=[]), "unknown dtype"),
+    "dtype table": (lambda m: m["tensors"][B].update(dtype={}), "unknown dtype"),
+    "file list": (lambda m: m["tensors"][B]["slices"][0].update(file=[]), "not one of the files"),
+    "file table": (lambda m: m["tensors"][B]["slices"][0].update(file={}), "not one of the files"),
+    "key list": (lambda m: m["tensors"][B]["slices"][0].update(key=[]), "not one of the files"),
+    "long name": (lambda m: m["files"].update({"x" * 300: 1}), "not a plain file name"),
+    "name with an escape": (lambda m: m["tensors"].update({"x\n\x1b[31m" * 900: {}}), r"x\\n\\x1b\[31mx"),
+    "optimizer steps": (lambda m: m.update(optimizer_steps={}), "optimizer_steps in the manifest is {}"),
+    "steps beyond": (lambda m: m.update(optimizer_steps=10**300), "optimizer_steps in the manifest is 1000"),
+    "samples beyond": (lambda m: m.update(samples=-1), "samples in the manifest is -1"),
+    "another step": (lambda m: m.update(step=4), "step-00000003 holds step 4: the folder was renamed"),
+    "config list": (lambda m: m.update(config=[]), "has no config"),
+    "a newer writer": (lambda m: (m.update(triax="99.0.0"), m["tensors"][B].update(dtype="fp8")),
+                       r"written by a newer Triax \(99.0.0, and this is .*unknown dtype 'fp8'; update Triax"),
+    "no version": (lambda m: m.update(triax=7), "triax is not a version"),
     "bool": (lambda m: m.update(step=True), "step is 'True'"),
     "samples": (lambda m: m.pop("samples"), "has no samples"),
     "kind": (lambda m: m["tensors"].update({"grad/x": m["tensors"].pop(B)}), "of no kind"),
@@ -131,6 +150,55 @@ def test_a_manifest_that_lies_is_refused(step: Path, name: str) -> None:
     edit(step, change)
     with pytest.raises(UserError, match=words):
         load(step)
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a field": ({"model": {"window": 4096}}, "was written by a newer Triax .*config has model.window, which this one"),
+    "a group": ({"experts": {"count": 8}}, "was written by a newer Triax .*config has experts, which this one"),
+    "a family": ({"model": {"family": "rwkv"}}, "--family 'rwkv' is not known"),
+    "no heads": ({"model": {"heads": 0}}, "--heads 0 must be at least 1"),
+    "no number": ({"model": {"heads": []}}, "--heads must be a int"),
+    "no group": ({"model": []}, "model must be a group"),
+    "too many layers": ({"model": {"layers": 10**12}}, "beyond any model"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_in_a_manifest_is_refused_and_a_newer_one_says_so(step: Path, name: str) -> None:
+    config, words = CONFIGS[name]
+    edit(step, lambda m: m.update(config=config))
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(step).run_config()
+    edit(step, lambda m: m.update(triax="99.0.0"))
+    with pytest.raises(UserError, match="was written by a newer Triax .99.0.0") as caught:
+        open_checkpoint(step).run_config()
+    assert "unknown option" not in str(caught.value)
+
+
+def test_a_checkpoint_without_an_optimizer_says_so(step: Path) -> None:
+    with pytest.raises(UserError, match="holds no optimizer; use --load"):
+        open_checkpoint(step).optimizer_steps  # noqa: B018
+
+
+def test_more_tensors_than_the_model_has_are_not_looked_at_one_by_one(
+        step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200,000 of them took half a minute."""
+    edit(step, lambda m: m.update(tensors={f"model/x{i}.weight": {} for i in range(200_000)}))
+    monkeypatch.setattr(manifest._Reader, "tensor", None)
+    with pytest.raises(UserError, match="names 200,000 tensors, and its model has at most 1"):
+        open_checkpoint(step)
+
+
+def test_a_message_lists_the_first_names_of_many() -> None:
+    names = [f"{chr(97 + i % 26)}{i}.weight" for i in range(3000)]
+    with pytest.raises(UserError, match="and 2,976 more, which the model does not") as caught:
+        match_names("x", {name: SHAPE for name in names} | EXPECTED, EXPECTED)
+    assert len(str(caught.value)) < 1500
+
+
+def test_whole_tensors_are_not_tested_cell_by_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "unique", None)
+    assert cover_fault((3, 4), [((0, 0), (3, 4))]) is None
 
 
 def test_a_pointer_out_of_the_run_is_refused(step: Path) -> None:
@@ -182,15 +250,17 @@ HOSTILE = {
     "negative shape": header({"a": entry(0, 16, (-1, -4))}), "shape text": header({"a": entry(0, 16, "4")}),
     "dtype": header({"a": entry(0, 16, (4,), "F31")}), "dtype list": header({"a": entry(0, 16, (4,), [])}),
     "missing key": header({"a": {"dtype": "F32", "shape": [4]}}), "not a table": header({"a": 1}),
-    "metadata": header({"__metadata__": {"x": 1}, **GOOD}), "NaN": header(b'{"a":NaN}'),
+    "metadata": header({"__metadata__": {"x": 1}, **GOOD}), "dims": header({"a": entry(0, 16, (1,) * 10**6)}),
+    "large dims": header({"a": entry(0, 16, (10**18,) * 10**5)}), "NaN": header(b'{"a":NaN}'),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_safetensors_header_is_one_clear_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "x").write_bytes(HOSTILE[name])
-    with pytest.raises(UserError, match=str(tmp_path / "x")):
+    with pytest.raises(UserError, match=str(tmp_path / "x")) as caught:
         TensorFile(tmp_path / "x")
+    assert len(str(caught.value)) < 600 + len(str(tmp_path)), "foreign text is cut"
 
 
 def test_a_sound_header_and_unaligned_data_are_read(tmp_path: Path) -> None:

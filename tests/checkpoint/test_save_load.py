@@ -31,6 +31,7 @@ from engine.model.shapes import logical_shapes
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.init import initialize
 from engine.parallel.sharding import Piece, pieces, shard_of
+from engine.train.lock import RunLock
 
 TINY = ModelConfig(layers=3, hidden=32, ffn_hidden=48, heads=4, kv_heads=2, head_dim=8, vocab_size=131)
 MODELS = {
@@ -330,6 +331,9 @@ def test_a_crash_at_any_system_call_leaves_one_whole_checkpoint(
         folder = latest_step(run)
         assert folder is not None
         seen.add(open_checkpoint(folder).step)
+        if crash % 2:  # a tool reads the run, or the next run begins at once
+            assert resolve(run).folder == folder
+            assert (run / "checkpoints" / "latest").read_text() == f"{folder.name}\n"
         # The run goes on from where it is: the next save must work whatever the crash has left.
         [result] = save(run / "checkpoints", open_checkpoint(folder).step + 1, [rank])
         assert isinstance(result, Path) and latest_step(run) == result
@@ -338,13 +342,54 @@ def test_a_crash_at_any_system_call_leaves_one_whole_checkpoint(
     assert return_normally and 2 in seen and (1 in seen or call == "replace")  # a crash there is rolled forward
 
 
+@pytest.mark.parametrize("call", ["rename", "replace", "rmdir"])
+def test_whoever_reads_a_run_next_finishes_what_its_death_has_left(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The last save of a run dies in one of its renames, or among those it deletes; nothing resumes the run."""
+    [rank] = build(TINY, (1, 1, 1))
+    for crash in range(1, 20):
+        run = tmp_path / f"{call}-{crash}"
+        save(run / "checkpoints", 1, [rank])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, dying(getattr(os, call), crash))
+            try:
+                save_checkpoint(run / "checkpoints", 2, rank.entries, rank=0, world=1, barrier=lambda: None, meta=META,
+                                assets=ASSETS, keep=1)
+                return_normally = True
+            except Crash:
+                return_normally = False
+        found = resolve(run / "checkpoints" / "step-00000001" if crash == 1 and call == "rename" else run)
+        left = {path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith(".tmp-step-")}
+        assert found.folder.name in left and left <= {"latest", "step-00000001", "step-00000002"}
+        assert (run / "checkpoints" / "latest").read_text() == f"{latest_step(run).name}\n"  # type: ignore[union-attr]
+        if return_normally:
+            break
+    assert return_normally and crash > 1
+
+
+def test_a_tool_changes_nothing_in_a_run_under_way(tmp_path: Path) -> None:
+    [rank] = build(TINY, (1, 1, 1))
+    save(tmp_path / "checkpoints", 1, [rank])
+    save(tmp_path / "checkpoints", 2, [rank])
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000001\n")
+    (tmp_path / "checkpoints" / ".latest.new").write_text("step-00000002\n")
+    (tmp_path / "checkpoints" / ".old-step-00000000").mkdir()
+    before = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    with RunLock(tmp_path):
+        assert resolve(tmp_path).folder.name == "step-00000002"
+        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == before
+    assert resolve(tmp_path).folder.name == "step-00000002"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", "step-00000001", "step-00000002"}
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000002\n"
+
+
 def dying(function: Callable[..., object], nth: int) -> Callable[..., object]:
     """The function, whose nth call raises Crash instead."""
     calls = iter(range(1, 1000))
 
-    def call(*args: object) -> object:
+    def call(*args: object, **more: object) -> object:
         if next(calls) == nth:
             raise Crash
-        return function(*args)
+        return function(*args, **more)
 
     return call
