@@ -145,6 +145,8 @@ class SaveConfig:
     """Start from the weights of a run folder, a step folder or a Hugging Face folder; the optimizer starts fresh."""
     resume: bool = False
     """Continue --out from its latest checkpoint with everything."""
+    resume_from: int | None = None
+    """Like --resume, from the checkpoint of this step: later ones are set aside as step-00000020.old."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 0

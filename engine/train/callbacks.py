@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
-import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -62,36 +59,17 @@ class Evaluate:
 
 @dataclass
 class Save:
-    """Writes a checkpoint every so many steps and at the end."""
+    """Writes a checkpoint every so many steps and at the end; before it, `sync` forces the steps' lines to the disk."""
 
     every: int
     save: Callable[[], None]
+    sync: Sequence[Callable[[], None]] = ()
 
     def after_step(self, record: StepRecord, last: bool) -> None:
         if last or (self.every and record.step % self.every == 0):
+            for sync in self.sync:
+                sync()
             self.save()
-
-
-class JsonLines:
-    """Appends one object a step to a file of the run folder; on rank 0 only.
-
-    Lines of steps after `step` are cut off at the start: a resumed run writes them again.
-    """
-
-    def __init__(self, path: Path, step: int, line: Callable[[StepRecord], dict[str, Any]]) -> None:
-        self.line = line
-        kept = []
-        if path.exists():
-            with open(path, encoding="utf-8") as old:
-                kept = [text for text in old if text.endswith("\n") and json.loads(text)["step"] <= step]
-        fresh = path.with_name(f".{path.name}.new")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        os.replace(fresh, path)  # a crash at this moment loses no line
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the run
-
-    def after_step(self, record: StepRecord, last: bool) -> None:
-        self.file.write(json.dumps(self.line(record)) + "\n")
-        self.file.flush()
 
 
 def metrics_line(record: StepRecord) -> dict[str, Any]:
@@ -101,6 +79,23 @@ def metrics_line(record: StepRecord) -> dict[str, Any]:
     if record.valid_loss is None:
         del line["valid_loss"]
     return line
+
+
+@dataclass
+class WatchFolder:
+    """Ends the run when the run folder was deleted, moved away or replaced under it; on rank 0, after `Save`.
+
+    What has been trained is not thrown away: `stop` asks for the run's end, and with it comes a last checkpoint."""
+
+    in_place: Callable[[], bool]
+    stop: Callable[[], None]
+    lost: int | None = None
+    """The step after which the folder was not there."""
+
+    def after_step(self, record: StepRecord, last: bool) -> None:
+        if self.lost is None and not self.in_place():
+            self.lost = record.step
+            self.stop()
 
 
 class CollectGarbage:

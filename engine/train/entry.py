@@ -9,7 +9,6 @@ from fractions import Fraction
 
 import torch
 
-from engine.checkpoint import open_checkpoint
 from engine.config import Layout, check, describe
 from engine.errors import UserError, print_all, replace_unprintable, shown
 from engine.mesh import AXES, Mesh
@@ -22,6 +21,7 @@ from engine.train.rendezvous import refuse
 from engine.train.request import EntryPoint, Request, read_request, take_switches
 from engine.train.run import Feed, MakeFeed, run
 from engine.train.signals import REQUEUE, STOPPED, StopRequest
+from engine.train.start import start_notes
 
 
 def enter(entry: EntryPoint, argv: Sequence[str], recipe: Sequence[str], demo: Sequence[str],
@@ -38,6 +38,7 @@ def enter(entry: EntryPoint, argv: Sequence[str], recipe: Sequence[str], demo: S
         code = REQUEUE if request.given.get("requeue_exit") else STOPPED
         with StopRequest(lambda code, line: refuse(place, code, line, patience=1.0, open_store=False), code) as stop:
             job = in_steps(prepared(request, place), make_feed)
+            job = replace(job, notes=[*job.notes, *start_notes(job.start, job.config)])
             if only_told(job, place, request, make_feed):
                 return 0
             stop.code = REQUEUE if job.config.runtime.requeue_exit else STOPPED  # as the resumed run has it
@@ -92,9 +93,9 @@ def alone(job: Job, make_feed: MakeFeed) -> Feed:
 
 def start(job: Job) -> tuple[int, int]:
     """The step at which the run begins, and the samples consumed beyond step * global_batch."""
-    if job.resume is None:
+    checkpoint = job.start.checkpoint
+    if job.start.resume is None or checkpoint is None:
         return 0, 0
-    checkpoint = open_checkpoint(job.resume)
     return checkpoint.step, checkpoint.samples - checkpoint.step * job.config.batch.global_batch
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import Resolved, latest_step, open_checkpoint, resolve
+from engine.checkpoint import Resolved, latest_step
 from engine.config import Layout, ModelConfig, RunConfig, check
-from engine.config.flags import Values, build, from_dict, to_dict
+from engine.config.flags import Values, build
 from engine.config.idle import refuse_idle
 from engine.config.presets import preset_fault
-from engine.data.fingerprint import Fingerprint, difference
+from engine.data.fingerprint import Fingerprint
 from engine.errors import UserError, shown
-from engine.hf import Origin, TokenIds, config_to_hf, read_config, read_origin, token_ids
+from engine.hf import Origin, TokenIds, config_to_hf, read_origin, token_ids
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
 from engine.plan import Plan, available_memory, estimate, require_memory
 from engine.tokenizer import Tokenizer, load_tokenizer
@@ -26,9 +26,7 @@ from engine.train.launch import choose_device
 from engine.train.lock import check_lock
 from engine.train.place import Place
 from engine.train.request import Request, Switches
-
-ONE_RUN = ("stop_after", "resume", "out", "new_data", "verify_data")
-"""What was asked of the run that wrote a checkpoint, and not of the one that resumes it."""
+from engine.train.start import Start, find_start, same_data
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ class Job:
     tokenizer: Tokenizer | None
     plan: Plan
     kernels: Kernels
-    weights: Resolved | None = None
-    resume: Path | None = None
+    start: Start = field(default_factory=Start)
     data: Fingerprint = ()
     notes: Sequence[str] = field(default_factory=tuple)
     origin: Origin | None = None
@@ -53,8 +50,8 @@ def prepare(request: Request, place: Place) -> Job:
     """The job that a request asks for. Raises UserError for anything that is wrong. Memory comes before tokenizer and
     data: whoever tries the 7B recipe on a laptop learns first that it does not fit."""
     switches = request.switches
-    values, weights, resume = _sources(request.under, request.given)
-    base = _base_model(values, weights, resume)
+    values, start = find_start(request.under, request.given)
+    base, weights, resume = start.model(), start.weights, start.resume
     notes = [*request.notes]
     tokenizer, missing = _try_tokenizer(values, weights, resume, notes)
     notes += _vocabulary(values, base, tokenizer, weights)
@@ -63,8 +60,7 @@ def prepare(request: Request, place: Place) -> Job:
     world = switches.world_size or place.world
     layout = check(config, world)
     if base is not None:
-        _same_model(request.given, config.model, base, weights.folder if weights else resume or Path(),
-                    grows=weights is not None)
+        _same_model(request.given, config.model, base, start.folder, grows=weights is not None)
     refuse_idle(request.flags, config)
     if config.save.out:
         config_to_hf(config.model, TokenIds())  # every checkpoint holds its config.json, so it must have one
@@ -80,15 +76,14 @@ def prepare(request: Request, place: Place) -> Job:
     plan = estimate(config, layout, dtype, kernels=kernels)
     if resume is None and config.data.data and config.data.data == request.demo.get("data"):
         notes.append(f"no --data: taking the demo's, {shown(config.data.data)}")
-    job = Job(config, layout, device, dtype, tokenizer, plan, kernels, weights, resume, (), notes,
-              origin)
+    job = Job(config, layout, device, dtype, tokenizer, plan, kernels, start, (), notes, origin)
     if not switches.dry_run:
         require_memory(plan, *memory_here(job, place, switches))
         if missing is not None:
             raise missing
         job = replace(job, data=request.entry.check_data(config))
-        if resume is not None and not config.data.new_data:
-            _same_data(job.data, resume)
+        if not config.data.new_data:
+            same_data(job.data, start)
     return job
 
 
@@ -114,36 +109,6 @@ def memory_here(job: Job, place: Place, switches: Switches) -> tuple[int, str]:
     return available_memory(job.device, local), what
 
 
-def _sources(under: Values, given: Values) -> tuple[Values, Resolved | None, Path | None]:
-    """What the run starts from: `given` over `under`. With --resume the saved config stands between them, since a run
-    may have been started with more than its recipe says; --load then has been done already. Returns the values, the
-    weights of --load, and the step folder of --resume."""
-    asked = {**under, **given}
-    out = str(asked.get("out", ""))
-    if asked.get("resume"):
-        if not out:
-            raise UserError("--resume continues the run in --out; give its folder")
-        step = latest_step(Path(out))
-        if step is not None:
-            saved = from_dict(open_checkpoint(step).config)
-            flat = {name: value for group in to_dict(saved).values() for name, value in group.items()
-                    if name not in ONE_RUN}
-            return {**under, **flat, **given, "out": out, "resume": True}, None, step
-    weights = resolve(str(asked["load"])) if asked.get("load") else None
-    return asked, weights, None
-
-
-def _base_model(values: Values, weights: Resolved | None, resume: Path | None) -> ModelConfig | None:
-    """The model that a checkpoint holds."""
-    if resume is not None:
-        return from_dict(open_checkpoint(resume).config).model
-    if weights is None:
-        return None
-    if weights.kind == "hf":
-        return read_config(weights.folder)
-    return from_dict(open_checkpoint(weights.folder).config).model
-
-
 def _same_model(given: Values, model: ModelConfig, base: ModelConfig, folder: Path, grows: bool) -> None:
     """A loaded model has the shape it has: a flag that says otherwise is a mistake, but for a vocabulary that `grows`.
     A recipe's own --model is none."""
@@ -162,15 +127,6 @@ def _same_model(given: Values, model: ModelConfig, base: ModelConfig, folder: Pa
         name = differ[0]
         raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)} contradicts {shown(folder)}, whose model "
                         f"has {getattr(base, name)}; leave the flag out")
-
-
-def _same_data(data: Fingerprint, resume: Path) -> None:
-    """Sample k of another corpus is another sample: who resumes on one shall mean it."""
-    then = open_checkpoint(resume).meta.get("data")
-    differs = difference(then, data) if then is not None else None  # checkpoints once told nothing
-    if differs is not None:
-        raise UserError(f"{resume} goes on with other data: {differs}; give --data as it was, or --new-data to go on "
-                        "with these")
 
 
 def _try_tokenizer(values: Values, weights: Resolved | None, resume: Path | None,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from engine.checkpoint.folders import LOCK
 from engine.errors import BAD_INPUT, UserError, shown
 from engine.train.rendezvous import Ended
 
-LOCK = ".lock"
 FACTS = ("config.yaml", "env.json")
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -29,6 +30,10 @@ class RunLock:
             out.mkdir(parents=True, exist_ok=True)
             self.before = {name: _size(out / name) for name in os.listdir(out)}
             self.file = self._open()
+            self.mark = secrets.token_hex(16)
+            self.file.truncate(0)
+            self.file.write(self.mark)
+            self.file.flush()
         except OSError as error:
             self._remove_folders()
             raise UserError(f"--out {shown(out)} cannot be written: {error.strerror}") from None
@@ -49,11 +54,22 @@ class RunLock:
                     return file
             file.close()
 
+    def in_place(self) -> bool:
+        """Whether the folder is still the one that was locked: not deleted, moved away or replaced."""
+        if still_there(self.file, self.out / LOCK):
+            return True
+        try:  # by content, since some network file systems do not keep a file's number
+            return (self.out / LOCK).read_text(encoding="ascii", errors="replace") == self.mark
+        except OSError:
+            return False
+
     def __enter__(self) -> RunLock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        with contextlib.suppress(OSError):
+            self.file.truncate(0)
         if isinstance(error, UserError) or (isinstance(error, Ended) and error.code == BAD_INPUT):
             self._sweep()
         self.file.close()
@@ -79,6 +95,15 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def still_there(file: IO[str] | IO[bytes], path: Path) -> bool:
+    """Whether an open file is the one that stands at its path."""
+    try:
+        found, held = os.stat(path), os.fstat(file.fileno())
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
 
 def check_lock(out: Path) -> None:

@@ -17,28 +17,33 @@ from typing import Any
 import torch
 
 import engine as triax
-from engine.checkpoint import Checkpoint, TensorSource, load_weights, open_checkpoint, save_checkpoint
+from engine.checkpoint import Checkpoint, TensorSource, load_weights, save_checkpoint
+from engine.checkpoint.folders import go_back, tidy
 from engine.checkpoint.grow import grown
+from engine.checkpoint.source import refuse_nonfinite
 from engine.config import to_dict, to_yaml
 from engine.data.batches import Batch, Batches, rows_of, share_of
+from engine.errors import UserError, shown
 from engine.hf import assets_for, open_hf, token_ids
 from engine.hf.serving import replaced
 from engine.mesh import Mesh
 from engine.model.shapes import VOCABULARY, logical_shapes
 from engine.plan import peak_flops
+from engine.train.agree import agreed
 from engine.train.callbacks import (
     Callback,
     CollectGarbage,
     Console,
     Evaluate,
-    JsonLines,
     Save,
     StepRecord,
+    WatchFolder,
     metrics_line,
 )
 from engine.train.engine import Engine
 from engine.train.gather import gathered
 from engine.train.job import Job
+from engine.train.lines import JsonLines
 from engine.train.lock import RunLock
 from engine.train.loop import train
 from engine.train.place import Place
@@ -68,33 +73,38 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Weights, optimizer and step of a checkpoint, whatever layout wrote it. Raises UserError where it does not fit."""
     optimizer = [entry for entry in engine.optimizer.entries() if entry.kind != "model"]
     checkpoint.load([*engine.optimizer.weight_entries(), *optimizer], expected=logical_shapes(engine.config.model))
+    refuse_nonfinite(str(checkpoint.folder), [*engine.optimizer.weight_entries(), *optimizer])
     engine.step = checkpoint.step
-    engine.optimizer.steps = int(checkpoint.meta["optimizer_steps"])
+    engine.optimizer.steps = checkpoint.optimizer_steps
 
 
 def run(job: Job, place: Place, make_feed: MakeFeed, stop: StopRequest) -> int:
     """Runs a job on this rank to its end; returns the exit code."""
     out = job.config.save.out
+    locks: list[RunLock] = []
     with ExitStack() as stack:
         def lock() -> None:
             if place.rank == 0 and out:
-                stack.enter_context(RunLock(Path(out)))
+                locks.append(stack.enter_context(RunLock(Path(out))))
+                tidy(Path(out) / "checkpoints")
 
         with gathered(job.layout, job.config.model.kv_heads, job.config.runtime, place, job.device, lock) as mesh:
-            finished = _Session(job, place, mesh, make_feed, stop).run()
+            finished = _Session(job, place, mesh, make_feed, stop, locks[0] if locks else None).run()
     return 0 if finished else stop.code
 
 
 class _Session:
     """One rank's state between the mesh and the loop."""
 
-    def __init__(self, job: Job, place: Place, mesh: Mesh, make_feed: MakeFeed, stop: StopRequest) -> None:
+    def __init__(self, job: Job, place: Place, mesh: Mesh, make_feed: MakeFeed, stop: StopRequest,
+                 lock: RunLock | None) -> None:
         self.job, self.place, self.mesh = job, place, mesh
         self.stop = stop
         self.out = Path(job.config.save.out) if job.config.save.out else None
         self.engine = Engine(job.config, mesh, job.device, job.dtype, job.kernels)
-        self.origin = self._start()
-        self.feed = make_feed(job, mesh, self.origin)
+        self.guard = WatchFolder(lock.in_place, self.stop.request) if lock is not None else None
+        self.origin = agreed(self._start, mesh, job.device)
+        self.feed = agreed(lambda: make_feed(job, mesh, self.origin), mesh, job.device)
         self.assets = self._assets() if place.rank == 0 and self.out is not None else {}
 
     def say(self, line: str) -> None:
@@ -106,13 +116,15 @@ class _Session:
         """Initial, loaded or resumed weights and state; returns the samples consumed beyond step * global_batch."""
         job, engine = self.job, self.engine
         expected = logical_shapes(job.config.model)
-        if job.resume is not None:
-            checkpoint = open_checkpoint(job.resume)
+        start = job.start
+        if start.resume is not None:
+            assert start.checkpoint is not None
+            checkpoint = start.checkpoint
             restore(engine, checkpoint)
             return checkpoint.samples - checkpoint.step * job.config.batch.global_batch
-        if job.weights is not None:
-            source: TensorSource = open_hf(job.weights.folder) if job.weights.kind == "hf" else (
-                open_checkpoint(job.weights.folder).source())
+        if start.weights is not None:
+            source: TensorSource = open_hf(start.weights.folder) if start.checkpoint is None else (
+                start.checkpoint.source())
             masters = [entry for entry in engine.optimizer.entries() if entry.kind == "master"]
             source = grown(source, expected, VOCABULARY)
             load_weights(source, [*engine.optimizer.weight_entries(), *masters], expected)
@@ -133,6 +145,7 @@ class _Session:
         finally:
             if console is not None:
                 console.close()
+        agreed(self._check_folder, self.mesh, self.job.device)
         where = f"; checkpoint {self.out / 'checkpoints' / 'latest'}" if self.out else ""
         how = "done" if finished else f"stopped by {self.stop.name}"
         self.say(f"{how} at step {self.engine.step} of {config.batch.steps}{where}")
@@ -145,16 +158,40 @@ class _Session:
             share = share_of(self.feed.valid, self.mesh.dp, self.mesh.size("dp"))
             parts = rows_of(share, EVALUATED_AT_ONCE * self.mesh.size("pp") * self.job.config.batch.micro_batch)
             callbacks.append(Evaluate(save.eval_every, lambda: self.engine.evaluate(parts, lambda: self.stop.asked)))
-        if self.out is not None and self.place.rank == 0:
-            _write_facts(self.out, self.job)
-            callbacks.append(JsonLines(self.out / "metrics.jsonl", self.engine.step, metrics_line))
-            callbacks.append(JsonLines(self.out / "samples.jsonl", self.engine.step, self._samples_line))
+        lines = agreed(self._open_folder, self.mesh, self.job.device)
+        callbacks += lines
         if self.out is not None:  # after its lines: a run that dies in between writes them again, and misses none
-            callbacks.append(Save(save.save_every, self._save))
+            callbacks.append(Save(save.save_every, self._save, [item.sync for item in lines]))
+        if self.guard is not None:
+            callbacks.append(self.guard)
         if console is not None:
             callbacks.append(console)
         callbacks.append(CollectGarbage())
         return callbacks
+
+    def _open_folder(self) -> list[JsonLines]:
+        """Rank 0: makes the run folder that of a run which goes on from this step."""
+        if self.out is None or self.place.rank > 0:
+            return []
+        try:
+            go_back(self.out / "checkpoints", self.engine.step)
+            _write_facts(self.out, self.job)
+        except OSError as error:
+            raise UserError(f"--out {shown(self.out)} cannot be written: {error.strerror or error}") from None
+        lines = [JsonLines(self.out / "metrics.jsonl", self.engine.step, metrics_line),
+                 JsonLines(self.out / "samples.jsonl", self.engine.step, self._samples_line)]
+        for item in lines:
+            if item.note is not None:
+                self.say(item.note)
+        return lines
+
+    def _check_folder(self) -> None:
+        """Rank 0: UserError where the run folder was not there any more at some step."""
+        if self.guard is not None and self.guard.lost is not None:
+            raise UserError(f"--out {shown(self.out)} was deleted or replaced under the run, which was seen at step "
+                            f"{self.guard.lost}: the checkpoint of step {self.engine.step} stands there anew, and what "
+                            "was there before (config.yaml, metrics.jsonl, other checkpoints) is lost; go on with "
+                            "--resume")
 
     def _samples_line(self, record: StepRecord) -> dict[str, Any]:
         """Which samples a step read: numbers and a checksum that is the same for every layout."""
@@ -206,15 +243,15 @@ class _Session:
             self.say(f"collectives: {self.mesh.transport}")
         if self.out is None:
             self.say("no --out: nothing of this run is saved")
-        if job.resume is not None:
-            self.say(f"resumed {job.resume} at step {self.engine.step}")
-        elif job.weights is not None:
-            self.say(f"weights of {job.weights.folder}, a fresh optimizer")
+        if job.start.resume is not None:
+            self.say(f"resumed {job.start.resume} at step {self.engine.step}")
+        elif job.start.weights is not None:
+            self.say(f"weights of {job.start.weights.folder}, a fresh optimizer")
 
 
 def _write_facts(out: Path, job: Job) -> None:
     """config.yaml, which --config reads back, and env.json."""
-    config = replace(job.config, save=replace(job.config.save, resume=False))
+    config = replace(job.config, save=replace(job.config.save, resume=False, resume_from=None))
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     packages = ("torch", "numpy", "triton", "sentencepiece", "safetensors")
     facts = {"triax": triax.__version__, "python": platform.python_version(), "platform": platform.platform(),

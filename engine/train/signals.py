@@ -30,6 +30,7 @@ class StopRequest:
     def __init__(self, end_early: Callable[[int, str], None] = lambda code, line: None, code: int = STOPPED) -> None:
         self.end_early, self.code = end_early, code
         self.signal: signal.Signals | None = None
+        self.requested = False
         self.training = False
         self.interrupts = 0
         self.lock = threading.Lock()
@@ -38,7 +39,11 @@ class StopRequest:
     @property
     def asked(self) -> bool:
         """Whether the run shall stop."""
-        return self.signal is not None
+        return self.signal is not None or self.requested
+
+    def request(self) -> None:
+        """Asks for the run's end as a signal would, from within."""
+        self.requested = True
 
     @property
     def name(self) -> str:

@@ -353,7 +353,7 @@ def test_whoever_reads_a_run_next_finishes_what_its_death_has_left(
         with monkeypatch.context() as patch:
             patch.setattr(os, call, dying(getattr(os, call), crash))
             try:
-                save_checkpoint(run / "checkpoints", 2, rank.entries, rank=0, world=1, barrier=lambda: None, meta=META,
+                save_checkpoint(run / "checkpoints", 2, rank.entries, rank=0, world=1, agree=alone, meta=META,
                                 assets=ASSETS, keep=1)
                 return_normally = True
             except Crash:
