@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from engine.config.foreign import unknown_option
 from engine.config.foreign_tools import TOOLS
-from engine.errors import UserError, nearest, shown
+from engine.errors import UserError, nearest, print_all, shown
 
 
 class Command(argparse.ArgumentParser):
@@ -23,6 +23,10 @@ class Command(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help; argparse itself would swallow a full disk."""
+        print_all(self.format_help().rstrip("\n"))
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The flags of a command line. Raises UserError for what they cannot be."""
