@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer
+from engine.tokenizer.control import CHATML
 
-START, END = "<|im_start|>", "<|im_end|>"
+START, END = CHATML
 ANSWER = "assistant\n"
 """The header after which an answer is generated."""
 

@@ -51,6 +51,14 @@ class Tokenizer(ABC):
     def token_id(self, piece: str) -> int | None:
         """The id of a piece such as "<|im_end|>", or None when the vocabulary does not hold it."""
 
+    @abstractmethod
+    def piece(self, number: int) -> str | None:
+        """The piece of an id, as the vocabulary spells it, or None where there is none, or none that is text."""
+
+    @abstractmethod
+    def samples(self) -> list[str]:
+        """What the pieces of text are in a text: strings to build texts from that this vocabulary has words for."""
+
     def describe(self) -> str:
         """One line: which encoder `encode_documents` uses, and why."""
         return self._built()[1]

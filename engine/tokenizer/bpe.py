@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 
@@ -45,6 +45,18 @@ class ByteVocabulary:
             self._rank = lambda left, right: ids.get(left + right)
         else:
             self._rank = lambda left, right: ranks.get((left, right))
+
+    def without(self, pieces: Collection[bytes]) -> ByteVocabulary:
+        """The same without some pieces: no text becomes one of them, and nothing is joined to one."""
+        if not pieces:
+            return self
+        ids = {piece: number for piece, number in self.ids.items() if piece not in pieces}
+        ranks = self._ranks and {
+            (one, two): rank
+            for (one, two), rank in self._ranks.items()
+            if not {one, two, one + two} & set(pieces)
+        }
+        return ByteVocabulary(ids, ranks, whole_first=self.whole_first)
 
     def encode(self, text: bytes) -> list[int]:
         """The ids of a pre-tokenizer's piece."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.tokenizer.base import Encoder, Tokenizer, check_encodable, token_dtype
+from engine.tokenizer.control import control_pieces, with_special, without_names
 from engine.tokenizer.cut import SPACE, CutEncoder
-from engine.tokenizer.folder import hash_of, named_tokens
+from engine.tokenizer.folder import hash_of, named_tokens, special_tokens
 from engine.tokenizer.json_file import (
     CannotCut,
     Json,
     Plan,
+    added_special,
     byte_vocabulary,
     merge_pairs,
     plan,
@@ -35,24 +38,25 @@ class FastTokenizer(Tokenizer):
     def __init__(self, path: Path, files: dict[str, Path]) -> None:
         """Raises UserError when `tokenizers` is missing or refuses the file."""
         self._path = path
-        read_tokenizer_json(path)
-        self._tokenizer = _read(path)
-        # Whatever the file asks for: no cutting, no padding, and "</s>" in a text is text.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        as_it_is = read_tokenizer_json(path)
+        named = named_tokens(files)
+        control = control_pieces(named.values(), special_tokens(files), added_special(as_it_is))
+        content = with_special(as_it_is, control)
+        self._tokenizer = _read(path, None if content is as_it_is else content)
+        for_text = without_names(content, control)
+        self._content: Json = content if for_text is None else for_text
+        self._encoder = self._tokenizer if for_text is None else _read(path, for_text)
         self._ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         if not self._ids:
             raise UserError(f"{path} holds an empty vocabulary")
         self.vocab_size = max(self._ids.values()) + 1
-        named = named_tokens(path.parent)
         self.bos_id, self.eos_id, self.pad_id = (self._ids.get(named.get(n, "")) for n in ("bos", "eos", "pad"))
         self.files, self.hash = files, hash_of(path.read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode."""
         check_encodable(text)
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._encoder.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """See Tokenizer.decode. Raises ValueError for a negative id."""
@@ -65,8 +69,17 @@ class FastTokenizer(Tokenizer):
         """See Tokenizer.token_id."""
         return self._ids.get(piece)
 
+    def piece(self, number: int) -> str | None:
+        """See Tokenizer.piece."""
+        found = self._tokenizer.id_to_token(number) if number >= 0 else None
+        return None if found is None else str(found)
+
+    def samples(self) -> list[str]:
+        """See Tokenizer.samples."""
+        return [self.decode([number]) for number in self._ids.values()]
+
     def _build_memo(self) -> tuple[Encoder | None, str]:
-        content = read_tokenizer_json(self._path)
+        content = self._content
         try:
             how = plan(content)
         except CannotCut as reason:
@@ -106,12 +119,12 @@ class FastTokenizer(Tokenizer):
         return PatternEncoder(pattern, byte_vocabulary(model), token_dtype(self.vocab_size), normalize)
 
     def _segments(self, segments: list[str]) -> list[list[int]]:
-        tokenize = self._tokenizer.model.tokenize
+        tokenize = self._encoder.model.tokenize
         return [[token.id for token in tokenize(segment)] for segment in segments]
 
     def _normalizer(self, content: Json) -> Callable[[str], str]:
         """The file's own normalizer, passed by where it cannot change anything."""
-        normalizer = self._tokenizer.normalizer
+        normalizer = self._encoder.normalizer
         if normalizer is None:
             return str
         forms = {step.get("type") for step in steps_of(content.get("normalizer"), "normalizers")}
@@ -154,14 +167,20 @@ class _Guarded:
         return self._classed and doubtful(text)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, changed: Json | None) -> Any:
+    """What the package makes of the file at `path`, or of its content as changed by us."""
     try:
         from tokenizers import Tokenizer as Rust
     except ImportError:
         raise UserError(f'{path} needs the package "tokenizers": pip install tokenizers') from None
     try:
-        return Rust.from_str(path.read_text(encoding="utf-8-sig"))
+        found = Rust.from_str(path.read_text(encoding="utf-8-sig") if changed is None else json.dumps(changed))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in Rust arrives as a bare BaseException
         raise UserError(f"{path} is no tokenizer that can be read: {str(error)[:200]}") from None
+    # Whatever the file asks for: no cutting, no padding, and "</s>" in a text is text.
+    found.no_truncation()
+    found.no_padding()
+    found.encode_special_tokens = True
+    return found

@@ -1,35 +1,18 @@
-"""The files of a tokenizer's folder: which there are, and what the small JSON files among them say."""
+"""What the small JSON files of a tokenizer say: roles, added tokens, and which tokens are special."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.tokenizer.files import ADDED, CONFIG, JSON, SPECIAL_MAP
 
-CONFIG = "tokenizer_config.json"
-FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "encoder.json",
-    "vocab.bpe",
-    "chat_template.jinja",
-)
-
-
-def folder_files(folder: Path) -> dict[str, Path]:
-    """The tokenizer's files that are in a folder, by name."""
-    found = {name: folder / name for name in FILES if (folder / name).is_file()}
-    return found | {path.name: path for path in sorted(folder.glob("*.tiktoken"))}
-
+Files = Mapping[str, Path]
+"""The files of a tokenizer, by name."""
 
 def hash_of(*contents: bytes) -> str:
     """sha256, hex, of contents one after another."""
@@ -65,28 +48,72 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def named_tokens(folder: Path) -> dict[str, str]:
-    """bos, eos and pad as text, where a file in the folder names them."""
+def _settings(files: Files, name: str) -> dict[str, Any]:
+    """The object in a file of this name; an empty one where the tokenizer has none."""
+    return read_object(files[name]) if name in files else {}
+
+
+def named_tokens(files: Files) -> dict[str, str]:
+    """bos, eos and pad as text, where one of the files names them."""
     named: dict[str, str] = {}
-    for name in (CONFIG, "special_tokens_map.json"):
-        config = read_object(folder / name)
+    for name in (CONFIG, SPECIAL_MAP):
+        config = _settings(files, name)
         for role in ("bos", "eos", "pad"):
-            value = config.get(f"{role}_token")
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
+            text = _content(config.get(f"{role}_token"))
+            if text is not None:
                 named.setdefault(role, text)
     return named
 
 
-def added_tokens(folder: Path, count: int) -> dict[str, int]:
+def special_tokens(files: Files) -> set[str]:
+    """The tokens that the files beside a vocabulary call special: by a role (bos_token, unk_token, ..), in a list, or
+    by their flag. transformers takes them all for special, whatever tokenizer.json says."""
+    found: set[str | None] = set()
+    for name in (CONFIG, SPECIAL_MAP):
+        config = _settings(files, name)
+        found.update(_content(value) for key, value in config.items() if key.endswith("_token"))
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            found.update(map(_content, _listed(config.get(key))))
+        decoder = config.get("added_tokens_decoder")
+        for token in decoder.values() if isinstance(decoder, dict) else ():
+            if isinstance(token, dict) and token.get("special") is True:
+                found.add(_content(token))
+    return {text for text in found if text is not None}
+
+
+def _listed(value: Any) -> Iterator[Any]:
+    yield from value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which files give as it is or in an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def adds_bos(files: Files) -> bool:
+    """Whether every text begins with BOS, as transformers decides it: by `add_bos_token`, else by tokenizer.json's
+    post-processor."""
+    said = _settings(files, CONFIG).get("add_bos_token")
+    if isinstance(said, bool):
+        return said
+    try:
+        post = _settings(files, JSON).get("post_processor") or {}
+        templates = [part.get("single") for part in post.get("processors", [post])]
+        return any(template and "SpecialToken" in template[0] for template in templates)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{files[JSON]}: its post_processor does not say how a text begins: {error!r}") from error
+
+
+def added_tokens(files: Files, count: int) -> dict[str, int]:
     """Tokens that stand beside a vocabulary of `count`, from added_tokens.json and tokenizer_config.json: text and id.
     Raises UserError."""
-    found: dict[str, Any] = dict(read_object(folder / "added_tokens.json"))
-    decoder = read_object(folder / CONFIG).get("added_tokens_decoder") or {}
+    found: dict[str, Any] = _settings(files, ADDED)
+    decoder = _settings(files, CONFIG).get("added_tokens_decoder") or {}
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
         if isinstance(token, dict) and isinstance(token.get("content"), str):
             found[token["content"]] = int(number) if str(number).isdecimal() else number
-    where = f"the added tokens in {folder}"
+    where = f"the added tokens in {files[ADDED if ADDED in files else CONFIG].parent}" if found else "no added tokens"
     check_ids(found, where, alone=False)
     check_highest(found, count + len(found), where)
     return found

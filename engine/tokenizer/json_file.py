@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, shown
 from engine.tokenizer.bpe import UTF8_BYTES, ByteVocabulary, byte_alphabet
 from engine.tokenizer.cut import SPACE
 from engine.tokenizer.folder import check_ids, read_object
@@ -67,6 +67,11 @@ def count_ids(content: Json) -> int:
 def text_tokens(content: Json) -> list[Json]:
     """Added tokens that are looked for in text, as they are not special."""
     return [token for token in _added(content) if not token.get("special")]
+
+
+def added_special(content: Json) -> list[str]:
+    """Added tokens that are special."""
+    return [token["content"] for token in _added(content) if token.get("special") and "content" in token]
 
 
 def merge_pairs(model: Json) -> list[tuple[str, str]]:
@@ -167,9 +172,18 @@ def _check_kinds(path: Path, content: Json) -> None:
     added = content.get("added_tokens") or []
     if not isinstance(added, list):
         raise UserError(f"{path}: the added tokens are no list")
+    if len(_added(content)) < len(added):
+        raise UserError(f"{path}: one of the added tokens is no object")
     for token in _added(content):
         if not isinstance(token.get("content", ""), str):
             raise UserError(f"{path}: the content of an added token is {str(token['content'])[:80]}, not text")
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        for number, row in enumerate(vocabulary):
+            if not isinstance(row, list) or not row or not isinstance(row[0], str):
+                raise UserError(f"{path}: entry {number} of the vocabulary is no piece with its score: {shown(row)}")
+    elif not isinstance(vocabulary, dict):
+        raise UserError(f"{path}: the vocabulary is a {type(vocabulary).__name__}, not an object or a list")
     prefix = content["model"].get("continuing_subword_prefix")
     if not isinstance(prefix or "", str):
         raise UserError(f"{path}: the prefix of continuing subwords is {str(prefix)[:80]}, not text")

@@ -7,10 +7,12 @@ from its wire format (protobuf.dev, "Encoding"), so that the package `protobuf` 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 UNIGRAM, BPE = 1, 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Kinds of pieces."""
 _PIECES, _TRAINER, _NORMALIZER, _SELF_TEST = 1, 2, 3, 4  # fields of ModelProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _BARE = b"\x0a\x08identity" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
@@ -25,11 +27,22 @@ class ModelFacts:
     byte_fallback: bool = False
     suffix_space: bool = False
     """Spaces are put after words instead of before them."""
-    character_map: bool = False
-    """Text is normalised by a map such as NFKC's."""
+    character_map: bytes = b""
+    """Text is normalised by a map such as NFKC's; empty for none."""
     dummy_prefix: bool = True
     extra_spaces_removed: bool = True
     spaces_escaped: bool = True
+    names: tuple[str, str, str] = ("<s>", "</s>", "<pad>")
+    """The pieces that are bos, eos and pad, where the vocabulary holds them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """An entry of the vocabulary; its place is its id."""
+
+    text: str
+    score: float = 0.0
+    kind: int = NORMAL
 
 
 def model_facts(proto: bytes) -> ModelFacts:
@@ -40,13 +53,14 @@ def model_facts(proto: bytes) -> ModelFacts:
             specs[field].update((number, content) for number, content, _ in _fields(value))
     trainer, normalizer = specs[_TRAINER], specs[_NORMALIZER]
     return ModelFacts(
-        model_type=int(trainer.get(3, UNIGRAM)),
-        byte_fallback=bool(trainer.get(35, 0)),
-        suffix_space=bool(trainer.get(24, 0)),
-        character_map=bool(normalizer.get(2, b"")),
-        dummy_prefix=bool(normalizer.get(3, 1)),
-        extra_spaces_removed=bool(normalizer.get(4, 1)),
-        spaces_escaped=bool(normalizer.get(5, 1)),
+        model_type=_int(trainer.get(3), UNIGRAM),
+        byte_fallback=bool(_int(trainer.get(35), 0)),
+        suffix_space=bool(_int(trainer.get(24), 0)),
+        character_map=_bytes(normalizer.get(2)),
+        dummy_prefix=bool(_int(normalizer.get(3), 1)),
+        extra_spaces_removed=bool(_int(normalizer.get(4), 1)),
+        spaces_escaped=bool(_int(normalizer.get(5), 1)),
+        names=(_text(trainer.get(46), "<s>"), _text(trainer.get(47), "</s>"), _text(trainer.get(48), "<pad>")),
     )
 
 
@@ -62,6 +76,49 @@ def piece_texts(proto: bytes) -> list[bytes]:
                 raise ValueError(f"piece {len(texts)} has no text")
             texts.append(found[-1])
     return texts
+
+
+def read_pieces(proto: bytes) -> list[Piece]:
+    """All entries, by id."""
+    return [_piece(value) for field, value, _ in _fields(proto) if field == _PIECES and isinstance(value, bytes)]
+
+
+def with_control(proto: bytes, names: Collection[str]) -> bytes:
+    """The same model in which pieces of these names are control pieces: text is never split into one. Ids stay."""
+    wanted = {name.encode() for name in names}
+    kind = bytes([3 << 3 | _VARINT, CONTROL])
+    changed = []
+    for field, value, raw in _fields(proto):
+        if field == _PIECES and isinstance(value, bytes):
+            fields = list(_fields(value))
+            if any(number == 1 and content in wanted for number, content, _ in fields):
+                raw = _field(_PIECES, b"".join(part for number, _, part in fields if number != 3) + kind)
+        changed.append(raw)
+    return b"".join(changed)
+
+
+def _piece(message: bytes) -> Piece:
+    fields = {number: value for number, value, _ in _fields(message)}
+    score = _bytes(fields.get(2))
+    return Piece(
+        text=_text(fields.get(1), ""),
+        score=struct.unpack("<f", score)[0] if len(score) == 4 else 0.0,
+        kind=_int(fields.get(3), NORMAL),
+    )
+
+
+def _int(value: int | bytes | None, default: int) -> int:
+    if isinstance(value, bytes):
+        raise ValueError("a setting is no number")
+    return default if value is None else value
+
+
+def _bytes(value: int | bytes | None) -> bytes:
+    return value if isinstance(value, bytes) else b""
+
+
+def _text(value: int | bytes | None, default: str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else default
 
 
 def without_normalizer(proto: bytes) -> bytes:

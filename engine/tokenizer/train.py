@@ -22,9 +22,11 @@ import sentencepiece
 
 from engine import __version__
 from engine.errors import UserError
+from engine.tokenizer.control import CHATML
 from engine.tokenizer.folder import hash_of
 from engine.tokenizer.sp import SentencePieceTokenizer
-from engine.tokenizer.train_json import as_file, compare, exact_scores, spelling, tokenizer_config, tokenizer_json
+from engine.tokenizer.sp_json import sentencepiece_json
+from engine.tokenizer.train_json import as_file, compare, exact_scores, spelling, tokenizer_config
 from engine.tokenizer.train_output import ABOUT, CONFIG, JSON, MODEL, place
 from engine.tokenizer.train_report import Figures, measure
 from engine.tokenizer.train_text import BOS, BYTES, EOS, NAMED, PAD, SENTENCE_BYTES, UNK, Survey, sentences, survey
@@ -33,8 +35,7 @@ __all__ = ["BOS", "EOS", "MODELS", "PAD", "SPECIAL", "UNK", "TrainReport", "chec
 
 MODELS = ("bpe", "unigram")
 LARGEST = 1 << 24
-SPECIAL = ("<|im_start|>", "<|im_end|>")
-"""ChatML's."""
+SPECIAL = CHATML
 _LONGEST_SPECIAL = 100
 _WORST_SHARE = 0.01  # of documents whose ids differ; above it the tokenizer.json would be another vocabulary
 _EVERY_S = 10.0
@@ -129,7 +130,7 @@ def train(
     if model == "unigram":
         proto = exact_scores(proto)
     try:
-        contents, report = _finish(proto, model, found, documents)
+        contents, report = _finish(proto, found, documents)
     except OSError as error:
         raise UserError(f"cannot write to the folder for temporary files (TMPDIR names another): "
                         f"{error.strerror or error}") from None
@@ -208,11 +209,11 @@ def _patiently(work: Callable[[], bytes], say: Say | None) -> bytes:
 
 
 def _finish(
-    proto: bytes, kind: str, found: Survey, documents: Callable[[], Iterable[str]]
+    proto: bytes, found: Survey, documents: Callable[[], Iterable[str]]
 ) -> tuple[dict[str, bytes], TrainReport]:
     """The files to write, but for training.json, and what the vocabulary is worth."""
     model = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    contents = {MODEL: proto, JSON: as_file(tokenizer_json(model, kind)), CONFIG: as_file(tokenizer_config())}
+    contents = {MODEL: proto, JSON: as_file(sentencepiece_json(proto)), CONFIG: as_file(tokenizer_config())}
     with tempfile.TemporaryDirectory() as name:
         paths = {file: Path(name) / file for file in contents}
         for file, content in contents.items():
