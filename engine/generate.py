@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ from engine.model.shapes import logical_shapes
 from engine.parallel.sharding import pieces, shard_of
 from engine.sampling import check_sampling, sample
 from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.tokenizer.folder import adds_bos
 
 MOST_PROMPT = 16 << 20
 """Bytes of the longest prompt that is read: no model takes as many."""
@@ -130,27 +130,11 @@ def begin(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text to be continued. BOS comes first only where the tokenizer's own files say that every text
     begins with it: models pretrained here never saw it. An empty text begins a document, after the end of another."""
     ids = tokenizer.encode(text)
-    if tokenizer.bos_id is not None and _adds_bos(tokenizer):
+    if tokenizer.bos_id is not None and adds_bos(tokenizer.files):
         return [tokenizer.bos_id, *ids]
     if not ids and tokenizer.eos_id is not None:
         return [tokenizer.eos_id]
     return ids
-
-
-def _adds_bos(tokenizer: Tokenizer) -> bool:
-    """As transformers decides it: by `add_bos_token`, else by tokenizer.json's post-processor."""
-    try:
-        config, fast = (
-            json.loads(tokenizer.files[name].read_text(encoding="utf-8-sig")) if name in tokenizer.files else {}
-            for name in ("tokenizer_config.json", "tokenizer.json")
-        )
-        if isinstance(config.get("add_bos_token"), bool):
-            return bool(config["add_bos_token"])
-        post = fast.get("post_processor") or {}
-        templates = [part.get("single") for part in post.get("processors", [post])]
-        return any(template and "SpecialToken" in template[0] for template in templates)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"the files beside the tokenizer do not say how a text begins: {error!r}") from error
 
 
 def load_for_inference(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, ModelConfig, Tokenizer]:

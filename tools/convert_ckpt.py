@@ -29,13 +29,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="format of the weights; if not given, as they are")
     parser.add_argument("--shard-gb", type=real(), default=5.0, help="largest file of a Hugging Face folder [5]")
     parser.add_argument("--verify", action="store_true",
-                        help="read the result again: every tensor bit for bit, and transformers' logits if installed")
+                        help="read the result again: every tensor bit for bit, the ids of texts of many scripts, and "
+                        "transformers' logits if installed")
+    parser.add_argument("--force", action="store_true",
+                        help="export a tokenizer too that no tokenizer.json can express exactly")
     options = parser.read(argv)
     if not 0 < options.shard_gb <= 5:
         raise UserError(f"--shard-gb {options.shard_gb} must be above 0 and at most 5")
     start = time.perf_counter()
     to = convert(options.load, options.save, to=options.to, dtype=options.dtype,
-                 shard_bytes=int(options.shard_gb * 1e9), say=lambda line: print(line, flush=True))
+                 shard_bytes=int(options.shard_gb * 1e9), say=lambda line: print(line, flush=True), force=options.force)
     print(f"{options.save}: {'a Hugging Face folder' if to == 'hf' else 'a run folder'}, made in "
           f"{time.perf_counter() - start:.1f} s", flush=True)
     if options.verify:

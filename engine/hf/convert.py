@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from engine.checkpoint.strict_json import parse_object
 from engine.checkpoint.tensorfile import Block, write_tensors
 from engine.config import ModelConfig, RunConfig, to_dict, to_yaml
 from engine.errors import UserError, shown
-from engine.hf.assets import COPIED, dump
+from engine.hf.assets import dump
 from engine.hf.config import FAMILIES, HF_DTYPES, config_from_hf, config_to_hf
 from engine.hf.files import plain_file
 from engine.hf.folder import open_hf
 from engine.hf.serving import CONFIG, GENERATION, TokenIds, generation_config, read_origin
+from engine.hf.serving_tokenizer import serving_tokenizer
 from engine.model.shapes import logical_shapes
+from engine.tokenizer import tokenizer_files
 
 Progress = Callable[[str], None]
 Assets = dict[str, Path | bytes]
@@ -35,13 +37,14 @@ Assets = dict[str, Path | bytes]
 
 @dataclass(frozen=True)
 class Model:
-    """Weights to be converted: `kind` "hf" or "engine", the network, its tensors, the files beside them; `nonfinite`
-    collects the names of tensors that were read and hold NaN or infinity."""
+    """Weights to be converted: `kind` "hf" or "engine", the network, its tensors, the files beside them and the folder
+    they lie in; `nonfinite` collects the names of tensors that were read and hold NaN or infinity."""
 
     kind: str
     config: ModelConfig
     source: TensorSource
     assets: Assets
+    folder: Path
     nonfinite: set[str] = field(default_factory=set)
 
     def dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
@@ -67,13 +70,13 @@ def open_model(path: Path | str) -> Model:
     found = resolve(path)
     if found.kind == "hf":
         source = open_hf(found.folder)
-        return Model("hf", source.config, source, _hf_assets(found.folder, source.config))
+        return Model("hf", source.config, source, _hf_assets(found.folder, source.config), found.folder)
     checkpoint = open_checkpoint(found.folder)
     config = checkpoint.run_config().model
     # A model whose head is tied has none; a checkpoint that holds one contradicts its config and is refused here.
     match_names(str(found.folder), checkpoint.source().shapes, logical_shapes(config))
     assets: Assets = {name: checkpoint.assets / name for name in checkpoint.manifest.assets}
-    return Model("engine", config, checkpoint.source(), assets)
+    return Model("engine", config, checkpoint.source(), assets, checkpoint.assets)
 
 
 def _hf_assets(folder: Path, config: ModelConfig) -> Assets:
@@ -81,22 +84,27 @@ def _hf_assets(folder: Path, config: ModelConfig) -> Assets:
     origin = read_origin(folder)
     found: Assets = {CONFIG: dump({**config_to_hf(config, origin.ids), **origin.config}),
                      GENERATION: dump(generation_config(origin.ids, origin))}
-    for name in (*COPIED, GENERATION):
+    for name in (*tokenizer_files(folder), GENERATION):
         if (folder / name).is_file():
             found[name] = plain_file(folder, name)
     return found
 
 
-def convert(load: Path, save: Path, *, to: str | None, dtype: str | None, shard_bytes: int, say: Progress) -> str:
+def convert(load: Path, save: Path, *, to: str | None, dtype: str | None, shard_bytes: int, say: Progress,
+            force: bool = False) -> str:
     """Writes `load` as `save`, a fresh folder in the format `to` ("hf", "engine"; None: the other one); returns `to`.
 
     `dtype`: the weights' format, None keeps it. Raises UserError before anything is written where the input does not
-    fit or the output is in the way; a failure leaves no output.
+    fit, the output is in the way, or an export's tokenizer would give other ids (unless `force`); a failure leaves no
+    output.
     """
     check_output(load, save)
     model = open_model(load)
     to = to or ("engine" if model.kind == "hf" else "hf")
     wanted = DTYPES[dtype] if dtype else None
+    if to == "hf":
+        tokenizer = serving_tokenizer(model.assets, model.folder, force=force, say=say)
+        model = replace(model, assets={**model.assets, **tokenizer})
     with fresh_folder(save) as folder:
         if to == "hf":
             write_hf(model, folder, wanted, shard_bytes, say)

@@ -1,4 +1,4 @@
-"""The proof of a conversion: every tensor bit for bit, and transformers' logits beside the engine's."""
+"""The proof of a conversion: every tensor bit for bit, transformers' logits beside the engine's, the ids of texts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from engine.checkpoint.source import TensorSource, compress, load_weights
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.hf.convert import Model, differences, open_model, same_network
+from engine.hf.verify_ids import compare_ids
 from engine.model import Decoder, Parts
 from engine.model.shapes import logical_shapes
 from engine.parallel.sharding import pieces, shard_of
@@ -40,9 +41,11 @@ def verify(load: Path, save: Path, dtype: str | None, say: Say) -> bool:
         say(f"not equal: {len(wrong)} of {len(shapes)} tensors differ: {compress(wrong)}")
         return False
     say(f"equal: {len(shapes)} tensors, {values:,} values, bit for bit{f' after the cast to {dtype}' if dtype else ''}")
-    if {before.kind, after.kind} != {"hf", "engine"}:
-        return True
-    return _compare_logits(before, after, load if before.kind == "hf" else save, dtype, say)
+    equal = True
+    if {before.kind, after.kind} == {"hf", "engine"}:
+        equal = _compare_logits(before, after, load if before.kind == "hf" else save, dtype, say)
+    client = next((model.folder for model in (after, before) if model.kind == "hf"), None)
+    return compare_ids(before.folder, after.folder, client, say) and equal
 
 
 def _compare_logits(before: Model, after: Model, hf: Path, dtype: str | None, say: Say) -> bool:

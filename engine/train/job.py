@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import Resolved, latest_step
+from engine.checkpoint import Resolved, latest_step, open_checkpoint
 from engine.config import Layout, ModelConfig, RunConfig, check
 from engine.config.flags import Values, build
 from engine.config.idle import refuse_idle
@@ -19,7 +19,7 @@ from engine.errors import UserError, shown
 from engine.hf import Origin, TokenIds, config_to_hf, read_origin, token_ids
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
 from engine.plan import Plan, available_memory, estimate, require_memory
-from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.tokenizer import Tokenizer, is_tokenizer, load_tokenizer, tokenizer_files
 from engine.tokenizer.extend import extends
 from engine.train.engine import DTYPES
 from engine.train.launch import choose_device
@@ -152,13 +152,15 @@ def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None, no
         raise UserError(f"no tokenizer at {path}; tools/train_tokenizer.py trains one, and `make demo` makes the "
                         "demo's, with its corpus")
     asked = load_tokenizer(path)
-    if saved is not None and asked.hash != saved.hash:
-        if resume is None and extends(asked, saved):
+    # Checkpoints once kept no tokenizer but of two kinds; its hash they have all told.
+    known = saved.hash if saved is not None else open_checkpoint(resume).meta.get("tokenizer") if resume else None
+    if isinstance(known, str) and asked.hash != known:
+        if resume is None and saved is not None and extends(asked, saved):
             notes.append(f"--tokenizer {shown(path)} takes the place of the one in {shown(folder)}: the same "
                          f"{saved.vocab_size:,} pieces and {asked.vocab_size - saved.vocab_size:,} more")
             return asked
         raise UserError(f"--tokenizer {shown(path)} is not the one that {shown(folder)} was trained with (sha256 "
-                        f"{asked.hash[:12]} and {saved.hash[:12]}){', nor that one with pieces added' * (not resume)}; "
+                        f"{asked.hash[:12]} and {known[:12]}){', nor that one with pieces added' * (not resume)}; "
                         "leave the flag out")
     # A file by itself brings no settings and no chat template; the saved folder has those that belong to it.
     return saved if saved is not None and Path(path).is_file() else asked
@@ -190,7 +192,7 @@ def _origin(weights: Resolved | None, resume: Path | None, tokenizer: Tokenizer 
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    return is_tokenizer(tokenizer_files(folder))
 
 
 def _vocabulary(values: Values, base: ModelConfig | None, tokenizer: Tokenizer | None,
