@@ -124,7 +124,7 @@ def test_the_prompt_can_come_from_standard_input(
     flags = ["--load", str(run), "--max-tokens", "8", "--seed", "4", "--device", "cpu", "--prompt"]
     main([*flags, "class A"])
     given = capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", io.StringIO("class A\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"class A\n")))
     main([*flags, "-"])
     assert capsys.readouterr().out == given
 
