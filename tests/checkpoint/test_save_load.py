@@ -6,7 +6,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def save(root: Path, step: int, ranks: list[Rank], **more: object) -> list[objec
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2), (1, 3, 4)])
 def test_any_layout_loads_what_any_other_saved(tmp_path: Path, name: str, layout: Layout) -> None:
     config = MODELS[name]
-    save(tmp_path / "checkpoints", 5, build(config, layout))
+    save(tmp_path / "checkpoints", 5, build(config, layout), meta={**META, "config": {"model": asdict(config)}})
     checkpoint = open_checkpoint(tmp_path / "checkpoints" / "step-00000005")
     assert (checkpoint.step, checkpoint.samples, checkpoint.meta["rng"], checkpoint.kinds) == (5, 640, [1, 2, 3], KINDS)
     assert (checkpoint.assets / "tokenizer.json").read_bytes() == ASSETS["tokenizer.json"]
