@@ -21,6 +21,9 @@ _ENDINGS = frozenset("at category date hash id ids idx index lang language model
                      "version".split())
 _MEDIA = frozenset("audio file image images img media photo picture video".split())
 """An "image_url" is the image."""
+_RENDERED = frozenset("chat chat_text formatted formatted_chat formatted_text full_text rendered text".split())
+"""Names of keys that hold the whole row once more, as a template writes it. A "context" that happens to hold question
+and answer, as an extract does, says more than they do."""
 _LISTED = 8
 
 
@@ -50,7 +53,7 @@ def unused_keys(fields: Mapping[str, Any], read: Collection[str], ignored: Colle
             unused.add(key)
         elif key in read or value in ("[]", "{}", "null"):  # tables hold lists as JSON text
             continue
-        elif _describes(key, value) or (of_row and (_is_number(value) or _repeats(value, whole))):
+        elif _describes(key, value) or (of_row and (_is_number(value) or _repeats(key, value, whole))):
             unused.add(key)
         else:
             content.append(key)
@@ -73,33 +76,41 @@ def _describes(key: str, value: Any) -> bool:
     # "imageUrl", "image-url" and "image_url" are one name
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(" ", "_").split("_")
     if re.fullmatch(r"\s*|Unnamed: \d+", key):
-        return True  # the number of a row, as pandas writes it
+        # The number of a row, as pandas writes it; a column that somebody forgot to name holds anything.
+        return _is_number(value) or (isinstance(value, str) and re.fullmatch(r"\s*\d+(\.0)?\s*", value) is not None)
     named = "_".join(words) in DESCRIBING or (len(words) > 1 and words[-1] in _ENDINGS and not _MEDIA & set(words))
     return named and _is_label(value)
 
 
 def _is_label(value: Any) -> bool:
     if isinstance(value, str):
-        return len(value) <= LONGEST_LABEL and "\n" not in value.strip() or not re.search(r"\s", value)
-    if isinstance(value, Mapping):
-        return all(map(_is_label, value.values()))
+        return len(value) <= LONGEST_LABEL and "\n" not in value.strip() or _is_word(value)
+    if isinstance(value, bytes):
+        return len(value) <= LONGEST_LABEL
+    if isinstance(value, Mapping):  # "metadata" hides no "reasoning_content"
+        return all(is_nothing(inner) or _is_number(inner) or _is_word(inner) or _describes(str(key), inner)
+                   for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         return all(map(_is_label, value))
     return True
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and not re.search(r"\s", value)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-def _repeats(value: Any, whole: Sequence[Any]) -> bool:
-    """Whether a value says again what is read: it equals it or one of its texts, or is text that holds all of them, as
-    Alpaca's "text" does."""
+def _repeats(key: str, value: Any, whole: Sequence[Any]) -> bool:
+    """Whether a value says again what is read: it equals it or one of its texts, or is the text of all of them, as
+    Alpaca's "text" is."""
     if any(value == part for part in whole):
         return True
     texts = [text.strip() for text in _texts(whole) if text.strip()]
     return isinstance(value, str) and bool(texts) and (
-        value.strip() in texts or all(text in value for text in texts))
+        value.strip() in texts or (key.lower() in _RENDERED and all(text in value for text in texts)))
 
 
 def _texts(value: Any) -> Iterator[str]:

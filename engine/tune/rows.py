@@ -61,14 +61,19 @@ def chat_of(row: Any, ignored: Collection[str] = ()) -> Chat:
     if asked == "instruction" and "input" in found:
         read.add("input")
     for key in WEIGHTS:
-        if found.get(key, True) not in (None, 1):
-            raise UserError(f'"{key}" is {shown(found[key], 40)} and stands beside a whole row; only a message '
+        value = found.get(key)
+        whole = value in (1, "1", "1.0") or str(value).lower() == "true"  # a table of text has no numbers
+        if not whole and not is_nothing(value):
+            raise UserError(f'"{key}" is {shown(value, 40)} and stands beside a whole row; only a message '
                             "can have it")
     unused = unused_keys(row, {*read, "system", *WEIGHTS}, ignored, of_row=True, whole=[found[key] for key in read])
     messages = _side(found[asked] if answered else _list(asked, found[asked]), "user", ignored, unused)
     if answered:
         messages = [replace(message, learn=False) for message in messages]
         if "input" in read - {asked} and not is_nothing(found["input"]):
+            if messages[-1].role != "user":
+                raise UserError(f'"input" follows what the user says, and "{asked}" ends with a message of '
+                                f"{messages[-1].role}; write it into the messages")
             messages[-1] = replace(messages[-1], content=f"{messages[-1].content}\n\n{_text(found['input'])}")
         messages += _side(found[answered], "assistant", ignored, unused)
     return Chat(_with_system(found.get("system"), messages), frozenset(unused))

@@ -109,10 +109,31 @@ def test_all_keys_that_are_refused_are_named_at_once() -> None:
     {"id": "x"}, {"source": "wiki"}, {"category": "qa"}, {"prompt_id": "7f"}, {"conversationId": "7f"}, {"score": 0.5},
     {"is_classification": False}, {"length": 17}, {"Unnamed: 0": "4"}, {"metadata": {"lang": "en", "n": 3}},
     {"tags": ["a", "b"]}, {"url": "https://" + "x" * 500}, {"query": "q"}, {"text": "### q\n### a"}, {"text": "q"},
+    {"": 3}, {"metadata": {"author": "Ann", "source": "two words"}}, {"hash": b"\xff" * 32},
 ])
 def test_what_describes_a_row_or_repeats_it_is_not_read_and_said(key: dict[str, Any]) -> None:
     chat = chat_of({"question": "q", "answer": "a", **key})
     assert (chat.messages, chat.unused) == ([ASKED, ANSWERED], key.keys())
+
+
+@pytest.mark.parametrize("key", [
+    {"": "A paragraph without a column's name."}, {"Unnamed: 2": "A paragraph."}, {"hash": b"\x89PNG" * 100},
+    {"metadata": {"reasoning_content": "think first"}}, {"meta": {"lang": "en", "extra": {"context": "A paragraph."}}},
+    {"context": "All of q is said in a."},
+])
+def test_content_under_the_name_of_a_label_or_that_quotes_the_row_is_refused(key: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f'"{next(iter(key))}" holds content'):
+        chat_of({"question": "q", "answer": "a", **key})
+
+
+def test_the_weight_of_a_whole_row_may_be_one_in_any_spelling_or_nothing() -> None:
+    for weight in ({"weight": "1"}, {"weight": ""}, {"train": "True"}, {"loss_weight": 1.0}, {"train": None}):
+        assert chat_of({"question": "q", "answer": "a", **weight}).messages == [ASKED, ANSWERED]
+
+
+def test_an_input_is_never_put_into_the_mouth_of_the_assistant() -> None:
+    with pytest.raises(UserError, match='"input" follows what the user says.*ends with a message of assistant'):
+        chat_of({"instruction": TALK, "input": "i", "output": "o"})
 
 
 @pytest.mark.parametrize(
