@@ -142,6 +142,8 @@ def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values
             continue
         negated = key.startswith("no-") and key[3:].replace("-", "_") in leaves
         leaf = _leaf(key[3:] if negated else key, leaves)
+        if negated and (equals or leaf.type is not bool):  # --no-recompute=1 says both, and would be taken for one
+            raise UserError(f"--{key} takes no value" if leaf.type is bool else unknown_option(key, key, leaves, RUN))
         if leaf.type is bool and not equals:
             bare = negated or not words or words[0].lower() not in ("true", "false")
             found[leaf.name] = not negated if bare else words.pop(0).lower() == "true"

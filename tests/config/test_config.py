@@ -42,6 +42,12 @@ def test_flags_come_in_every_spelling() -> None:
     assert (plain.parallel.tp, plain.batch.micro_batch, plain.parallel.sequence_parallel) == (2, 4, True)
     assert plain.optimizer.lr == 1e-4
     assert not parse(["--sequence-parallel", "--no-sequence-parallel"]).parallel.sequence_parallel
+    for word in ("--no-recompute=1", "--no-recompute=true"):  # it would be switched on
+        with pytest.raises(UserError, match="^--no-recompute takes no value$"):
+            parse([word])
+    for words in (["--no-tp", "2"], ["--no-tp=2"], ["--no-data=x"]):  # it would be --tp 2
+        with pytest.raises(UserError, match="^unknown option --no-"):
+            parse(words)
     assert parse(["--tp", "2", "--tp", "4"]).parallel.tp == 4, "the later flag wins"
     assert parse(["--recompute", "--tp", "2"]).runtime.recompute
 
