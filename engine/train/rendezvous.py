@@ -11,14 +11,18 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine.errors import UserError, shown
 from engine.train.place import Place
+
+T = TypeVar("T")
 
 NAME_SECONDS = 30.0
 """How long a host may be unknown: a cluster's names appear when its machines do."""
@@ -65,11 +69,17 @@ def end_run(store: dist.Store, rank: int, code: int, line: str) -> bool:
 
 def linger(store: dist.Store, world: int) -> None:
     """Waits until every rank knows how the run ends: a launcher kills the others as soon as one is gone, and the store
-    goes with rank 0."""
+    goes with rank 0. In a thread: a store that freezes now would hold this rank for good."""
     deadline = time.monotonic() + LINGER_SECONDS
-    with suppress(RuntimeError):
-        while store.add(TOLD, 0) < world and time.monotonic() < deadline:
-            time.sleep(0.05)
+
+    def wait() -> None:
+        with suppress(RuntimeError):
+            while store.add(TOLD, 0) < world and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=wait, daemon=True, name="linger")
+    thread.start()
+    thread.join(LINGER_SECONDS + 1)
 
 
 def connect(place: Place, timeout: float, *, open_store: bool = True) -> dist.Store:
@@ -85,16 +95,37 @@ def connect(place: Place, timeout: float, *, open_store: bool = True) -> dist.St
     else:
         if not place.agent:
             _reach(place, timeout, "was rank 0 started, and is MASTER_ADDR its machine?")
-        try:
-            store = dist.TCPStore(place.host, place.port, is_master=False, wait_for_workers=False, timeout=limit)
-        except RuntimeError as error:
-            raise NoMeeting(f"what answers at {shown(place.host)} port {place.port} is no store of a run; is "
-                            "MASTER_PORT right?") from error
+        store = _within(timeout, place, lambda: dist.TCPStore(place.host, place.port, is_master=False,
+                                                              wait_for_workers=False, timeout=limit))
     mine = dist.PrefixStore(f"triax/{place.job}/{place.world}", store)
-    if open_store and mine.add(f"seat/{place.rank}", 1) > 1:
+    if open_store and _within(timeout, place, lambda: mine.add(f"seat/{place.rank}", 1)) > 1:
         raise NoMeeting(f"another rank {place.rank} meets at {place.host} port {place.port}: is another run using it? "
                         "Set another MASTER_PORT")
     return mine
+
+
+def _within(limit: float, place: Place, talk: Callable[[], T]) -> T:
+    """What the store answers, within a limit. In a thread: torch's own timeout does not cover a listener that takes the
+    connection and says nothing, such as another program, or a rank 0 that is stopped."""
+    answers: list[T] = []
+    errors: list[RuntimeError] = []
+
+    def ask() -> None:
+        try:
+            answers.append(talk())
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True, name="meet")
+    thread.start()
+    thread.join(limit)
+    if answers:
+        return answers[0]
+    where = f"what answers at {shown(place.host)} port {place.port}"
+    if errors:
+        raise NoMeeting(f"{where} is no store of a run; is MASTER_PORT right?") from errors[0]
+    who = "torchrun's agent" if place.agent else "rank 0"
+    raise NoMeeting(f"{where} says nothing for {limit:g} s; is {who} stopped, or does another program listen there?")
 
 
 def _serve(place: Place, limit: timedelta) -> dist.TCPStore:

@@ -20,6 +20,7 @@ import runs
 from engine import finetune, pretrain, verify
 from engine.checkpoint import latest_step
 from engine.tokenizer.train import train as train_tokenizer
+from engine.train import rendezvous
 from engine.train.lock import RunLock
 from engine.train.place import Place
 from engine.train.rendezvous import NoMeeting, connect
@@ -220,6 +221,27 @@ def test_a_seat_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NoMeeting, match="another rank 1 meets at 127.0.0.1 port .*: is another run using it"):
         connect(replace(place, rank=1), 5.0)
     assert store.add("seat/0", 0) == 1
+
+
+@pytest.fixture(scope="module")
+def mute() -> Iterator[int]:
+    """The port of a listener that says nothing. It stays until the module's end: torch writes to the descriptor of
+    stderr when such a connection is closed."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--heads", "7"]])
+def test_a_listener_that_says_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+                                      data: list[str], tmp_path: Path, mute: int, flags: list[str]) -> None:
+    """A port that another program holds, or a rank 0 that is stopped: torch's store would wait there for good."""
+    monkeypatch.setattr(rendezvous.refuse, "__kwdefaults__", {"patience": 1.0, "open_store": True})
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(mute)}.items():
+        monkeypatch.setenv(name, value)
+    line = fault(capfd, *runs.MODEL, *data, "--out", tmp_path / "out", "--timeout", "1", *flags)
+    says = f"what answers at 127.0.0.1 port {mute} says nothing for 1 s; is rank 0 stopped, or does another program "
+    assert ("heads 7" if flags else says) in line
+    assert not list(tmp_path.iterdir())
 
 
 def recipe(name: str, *flags: str | Path, launcher: tuple[str, ...] = ("bash",)) -> subprocess.CompletedProcess[str]:

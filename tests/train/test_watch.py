@@ -163,6 +163,27 @@ def test_a_transport_that_never_raises_is_no_reason_to_wait_for_ever(
     assert "most recent call first" in said, "the one that hangs shows where"
 
 
+class Frozen:
+    """A store whose machine is stopped: nothing is answered."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: None if name == "set_timeout" else time.sleep(10 * SECONDS)
+
+
+def test_a_store_that_freezes_before_the_watch_has_begun(
+        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    left = threading.Event()
+    monkeypatch.setattr(module.os, "_exit", lambda code: left.set())
+    watch = Watch(Frozen(), 0, 2, Limits(0.5, 1000.0), served="torchrun's agent",  # type: ignore[arg-type]
+                  serves=False)
+    threading.Thread(target=watch.start, daemon=True).start()
+    assert left.wait(SECONDS)
+    watch.guard.stop()
+    said = capfd.readouterr().err
+    assert "torchrun's agent does not respond" in said
+    assert "most recent call first" not in said, "no rank is to blame, and none shows where it is"
+
+
 class Deaf:
     """A collective that neither ends nor raises."""
 

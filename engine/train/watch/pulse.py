@@ -61,13 +61,15 @@ class Pulse:
         return f"{what} at step {self.step}" if self.step else what
 
 
+NOBODY = -1
+"""The rank that is to blame when the store is: no rank's stack says why."""
 Table = Sequence[Pulse | None]
 """All ranks' pulses, by rank."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Why a run ends: the rank that is to blame, in words, and the exit code of all."""
+    """Why a run ends: the rank that is to blame (or NOBODY), in words, and the exit code of all."""
 
     rank: int
     text: str

@@ -29,7 +29,7 @@ from engine.train.launch import tell_launcher
 from engine.train.rendezvous import FAILED, TOLD
 from engine.train.watch.guard import Guard
 from engine.train.watch.processes import Process, Processes, machine
-from engine.train.watch.pulse import Finding, Limits, Pulse, Stillness, Table, hanging, verdict
+from engine.train.watch.pulse import NOBODY, Finding, Limits, Pulse, Stillness, Table, hanging, verdict
 
 POLL = 0.5
 """Seconds between two looks."""
@@ -66,6 +66,15 @@ class Watch(threading.Thread):
 
     def start(self) -> None:
         """Writes this rank down and begins to watch. Raises what a store raises that has gone."""
+        self.guard.start()  # first: a store that freezes answers none of the calls below
+        try:
+            self._write_down()
+        except BaseException:
+            self.guard.stop()
+            raise
+        super().start()
+
+    def _write_down(self) -> None:
         store, own = self.store, Process.of(os.getpid())
         store.set_timeout(timedelta(seconds=self.limits.last))  # the guard ends a silence before torch complains of it
         if self.rank == 0:  # who has not come yet has an empty pulse; one that this erases is published again
@@ -75,8 +84,6 @@ class Watch(threading.Thread):
         store.compare_set(FAILED, "", "")  # a key that is read must be there
         store.append(AWARE, "")  # type: ignore[attr-defined]
         store.append(f"machine/{self.machine}", f"{self.rank} {own.pid} {own.birth};")  # type: ignore[attr-defined]
-        super().start()
-        self.guard.start()
 
     def stop(self) -> None:
         """The run ends in order: from now on this rank may go."""
@@ -144,9 +151,11 @@ class Watch(threading.Thread):
     def _without_store(self, pulse: Pulse) -> Finding | None:
         """What it means that the store is gone."""
         if pulse.phase is not Phase.END:
-            return self._death() if self.processes.gone else Finding(0, f"{self.served} is gone, and its store with it")
+            if self.processes.gone:
+                return self._death()
+            return Finding(NOBODY, f"{self.served} is gone, and its store with it")
         if pulse.still > self.limits.peers:
-            return Finding(0, f"{self.served} is gone, and not all ranks have come to the end of the run")
+            return Finding(NOBODY, f"{self.served} is gone, and not all ranks have come to the end of the run")
         return None
 
     def _meet(self, listed: str) -> None:
@@ -191,8 +200,8 @@ class Watch(threading.Thread):
 
     def _silent(self, seconds: float) -> None:
         """The guard's finding."""
-        self._end(Finding(0, f"{self.served} does not respond (stopped, or its machine is gone): its store has been "
-                          f"silent for {seconds:.0f} s"), linger=False)
+        self._end(Finding(NOBODY, f"{self.served} does not respond (stopped, or its machine is gone): its store has "
+                          f"been silent for {seconds:.0f} s"), linger=False)
 
     def _end(self, found: Finding, *, linger: bool = True) -> NoReturn:
         """Says why, and ends the process. What the main thread holds (a collective, a lock) does not matter."""
