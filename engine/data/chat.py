@@ -57,8 +57,9 @@ class ChatEncoder:
         if start is None or end is None:
             missing = " and ".join(piece for piece, at in ((START, start), (END, end)) if at is None)
             raise UserError(
-                f"the tokenizer has no {missing}; chat needs the control pieces {START} and {END}: train a vocabulary "
-                "with tools/train_tokenizer.py, which adds both, or use a tokenizer that has them"
+                f"the tokenizer has no {missing}; chat needs the control pieces {START} and {END}: a model that is "
+                "there takes its own tokenizer with the two added, --tokenizer DIR --vocab-size N; "
+                "tools/train_tokenizer.py adds both to a new vocabulary"
             )
         self.tokenizer, self.start, self.end = tokenizer, start, end
         bos = tokenizer.bos_id
