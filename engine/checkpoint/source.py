@@ -110,7 +110,8 @@ def compress(names: Iterable[str]) -> str:
         match = re.fullmatch(r"(.*?\.)(\d{1,9})(\..*)", name, re.DOTALL)
         key, number = ((match[1], match[3]), int(match[2])) if match else ((name, ""), -1)
         groups.setdefault(key, []).append(number)
-    words = [a if numbers == [-1] else f"{a}{{{_ranges(numbers)}}}{b}" for (a, b), numbers in groups.items()]
+    words = [a if numbers == [-1] else f"{a}{_ranges(numbers)}{b}" if len(set(numbers)) == 1 else
+             f"{a}{{{_ranges(numbers)}}}{b}" for (a, b), numbers in groups.items()]
     unseen = max(0, len(words) - GROUPS) + max(0, len(names) - LOOKED_AT)
     more = f" and {unseen:,} more" if unseen else ""
     return ", ".join(shown(word, 100) for word in words[:GROUPS]) + more

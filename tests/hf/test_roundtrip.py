@@ -173,7 +173,7 @@ def test_verify_finds_one_changed_bit(tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors")
     lines: list[str] = []
     assert not verify(source, tmp_path / "run", None, lines.append)
-    assert lines == ["not equal: 1 of 21 tensors differ: model.layers.{1}.mlp.up_proj.weight"]
+    assert lines == ["not equal: 1 of 21 tensors differ: model.layers.1.mlp.up_proj.weight"]
 
 
 def test_what_is_made_is_a_run_folder_that_loads(tmp_path: Path) -> None:
