@@ -88,7 +88,7 @@ def _verify(argv: Sequence[str], place: Place) -> int:
     job = prepared(request, place)
     if only_told(job, place, request, None):
         return 0
-    with gathered(job.layout, job.config.model.kv_heads, job.config.runtime, place, job.device) as mesh:
+    with gathered(job, place) as mesh:
         found = trace(job.config, mesh, job.device, job.dtype, job.kernels)
         verdict = torch.zeros((), device=job.device)
         if place.rank == 0:

@@ -6,32 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
-from engine.config import Layout, RuntimeConfig
 from engine.errors import UserError
 from engine.mesh import Mesh, build_mesh
 from engine.parallel.heart import Heart, Phase
+from engine.train.job import Job
 from engine.train.launch import Diverged, ended, set_threads
 from engine.train.place import Place
 from engine.train.rendezvous import connect, start_group
+from engine.train.same_run import refuse_another_run
 from engine.train.watch import Limits, Watch
 
 
 @contextmanager
-def gathered(layout: Layout, kv_heads: int, runtime: RuntimeConfig, place: Place, device: torch.device,
-             before: Callable[[], None] = lambda: None) -> Iterator[Mesh]:
+def gathered(job: Job, place: Place, before: Callable[[], None] = lambda: None) -> Iterator[Mesh]:
     """The mesh of this rank, under the watch from before the process group exists until all ranks have come to the end.
 
-    `before` runs on every rank once it is watched and before any rank waits for another. What is raised here, there or
-    inside is told to the other ranks, which then end, and is raised on.
+    `before` runs on every rank once it is watched and known to be of this run. What is raised here, there or inside is
+    told to the other ranks, which then end, and is raised on.
     """
     set_threads(place.local_world)
-    limits = Limits(runtime.timeout, runtime.save_timeout)
+    limits = Limits(job.config.runtime.timeout, job.config.runtime.save_timeout)
     if place.world == 1:
         before()
-        yield _mesh(layout, kv_heads, limits, place, device, None, Heart())
+        yield _mesh(job, limits, place, None, Heart())
         return
     store = connect(place, limits.peers)  # a taken port is known before anything is written
     watch = Watch(connect(place, limits.peers, open_store=False), place.rank, place.world, limits,
@@ -40,9 +39,11 @@ def gathered(layout: Layout, kv_heads: int, runtime: RuntimeConfig, place: Place
     watch.start()
     store.set_timeout(timedelta(seconds=limits.last))
     try:
+        with watch.heart.waits():
+            refuse_another_run(job.config, job.data, place.rank, place.world, store)
         before()
         with watch.heart.waits():
-            mesh = _mesh(layout, kv_heads, limits, place, device, store, watch.heart)
+            mesh = _mesh(job, limits, place, store, watch.heart)
         watch.label = str(mesh)
         watch.heart.enter(Phase.START)
         yield mesh
@@ -59,7 +60,6 @@ def gathered(layout: Layout, kv_heads: int, runtime: RuntimeConfig, place: Place
     dist.destroy_process_group()
 
 
-def _mesh(layout: Layout, kv_heads: int, limits: Limits, place: Place, device: torch.device,
-          store: dist.Store | None, heart: Heart) -> Mesh:
-    start_group(place, device, limits.last, store)
-    return build_mesh(layout, place.rank, kv_heads, timedelta(seconds=limits.last), heart=heart)
+def _mesh(job: Job, limits: Limits, place: Place, store: dist.Store | None, heart: Heart) -> Mesh:
+    start_group(place, job.device, limits.last, store)
+    return build_mesh(job.layout, place.rank, job.config.model.kv_heads, timedelta(seconds=limits.last), heart=heart)

@@ -88,7 +88,7 @@ def run(job: Job, place: Place, make_feed: MakeFeed, stop: StopRequest) -> int:
                 locks.append(stack.enter_context(RunLock(Path(out))))
                 tidy(Path(out) / "checkpoints")
 
-        with gathered(job.layout, job.config.model.kv_heads, job.config.runtime, place, job.device, lock) as mesh:
+        with gathered(job, place, lock) as mesh:
             finished = _Session(job, place, mesh, make_feed, stop, locks[0] if locks else None).run()
     return 0 if finished else stop.code
 
