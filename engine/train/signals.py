@@ -18,6 +18,8 @@ from engine.train.launch import INTERRUPTED
 
 STOPPED, REQUEUE = 0, 75
 """Exit codes of a run that a signal has stopped; 75 (EX_TEMPFAIL, sysexits.h) with --requeue-exit."""
+END = b"\0"
+"""What ends the thread that listens; no signal has this number."""
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -59,14 +61,17 @@ class StopRequest:
         # The interpreter runs `_handle` when the main thread is in Python again, and it may wait in a library for
         # minutes: the number also goes, at once, through a pipe to a thread.
         self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, daemon=True, name="signals").start()
+        self.listener = threading.Thread(target=self._listen, daemon=True, name="signals")
+        self.listener.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         signal.set_wakeup_fd(self.wakeup)
         for number, handler in self.before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        os.close(self.writer)  # ends the thread
+        os.write(self.writer, END)  # not only closed: a forked process may hold the other end open
+        self.listener.join()
+        os.close(self.writer)
 
     def begin(self) -> None:
         """The first step begins: from now on there is something to save."""
@@ -75,7 +80,7 @@ class StopRequest:
 
     def _listen(self) -> None:
         with contextlib.closing(os.fdopen(self.reader, "rb", buffering=0)) as pipe:
-            while data := pipe.read(1):
+            while (data := pipe.read(1)) and data != END:
                 if data[0] in ASKING:
                     self._ask(signal.Signals(data[0]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -179,6 +180,13 @@ def test_what_the_starter_ignores_stays_ignored_and_handlers_return() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is before[1]
     finally:
         signal.signal(signal.SIGHUP, before[0])
+
+
+def test_the_thread_that_listens_ends_with_the_block() -> None:
+    for _ in range(20):
+        with StopRequest() as stop:
+            pass
+        assert not stop.listener.is_alive() and "signals" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_run_that_is_stopped_is_not_evaluated() -> None:
