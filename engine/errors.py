@@ -59,9 +59,13 @@ def end_quietly() -> None:
 
 
 def replace_unprintable() -> None:
-    """What a terminal cannot show (PYTHONIOENCODING=ascii) is replaced in what we print, and raises nothing."""
+    """What a terminal cannot show (PYTHONIOENCODING=ascii) is replaced in what we print, and raises nothing. What is
+    printed to a closed output (`>&-`) goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # opened at once, so that no file of the run gets the free descriptor
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a closed one is None; tests put other things there
+        if isinstance(stream, io.TextIOWrapper):  # tests put other things there
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 

@@ -18,6 +18,7 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 COMMANDS = {**{name: ["-m", f"engine.{name}"] for name in ("pretrain", "finetune", "verify", "generate")},
             **{path.stem: [str(path)] for path in TOOLS}}
 HELP = "--help"
+SMALL = "--hidden 32 --heads 4 --kv-heads 2 --layers 1 --vocab-size 640 --seq-len 32 --global-batch 2".split()
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -108,3 +109,12 @@ def test_the_bash_form_of_a_recipe_refuses_in_one_line(recipe: Path, flags: list
     assert (done.returncode, done.stdout) == (2, b""), done
     assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1 and words in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_output_is_closed_trains(chain: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "engine.pretrain", *SMALL, "--data", str(chain.folder / "corpus"),
+               "--steps", "1", "--out", str(tmp_path / "run")]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], env=environment(), cwd=ROOT, timeout=120,
+                          stderr=subprocess.PIPE)
+    assert done.returncode == 0 and not done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "latest").is_file()
