@@ -30,7 +30,7 @@ def state(engine: Any) -> State:
     for kind in ("model", "master", "exp_avg", "exp_avg_sq"):
         entries = [entry for entry in engine.optimizer.entries() if entry.kind == kind]
         if kind != "master" or engine.config.runtime.dtype == "bf16":
-            found = verify.gather(entries, engine.config, engine.mesh)
+            found = verify.gather(entries, engine.config, engine.mesh, "world")
             whole |= {f"{kind}/{name}": tensor.numpy() for name, tensor in found.items()}
     return whole
 

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import runs
 
-from engine.checkpoint import Entry, save_checkpoint
+from engine.checkpoint import Entry, alone, save_checkpoint
 from engine.config import ModelConfig, RunConfig, to_dict
 from engine.config.flags import parse
 from engine.data.fingerprint import difference
@@ -36,7 +36,7 @@ def write_base(folder: Path, tokenizer: Path) -> None:
         entries += [Entry("model", piece, parameter.detach()[slice(*piece.rows)])
                     for piece in pieces(shard_of(parameter), 0, parameter.shape[0])]
     save_checkpoint(
-        folder / "checkpoints", 1, entries, rank=0, world=1, barrier=lambda: None,
+        folder / "checkpoints", 1, entries, rank=0, world=1, agree=alone,
         meta={"samples": 8, "config": to_dict(RunConfig(model=CONFIG)), "world": {"pp": 1, "dp": 1, "cp": 1, "tp": 1}},
         assets=dict(load_tokenizer(str(tokenizer)).files))
 
