@@ -187,7 +187,7 @@ def test_a_tokenizer_json_that_differs_is_said_and_one_that_differs_often_not_wr
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Here byte names have a score that lets them win over their spelling."""
-    monkeypatch.setattr("engine.tokenizer.train_json._NEVER", 0)
+    monkeypatch.setattr("engine.tokenizer.sp_json._NEVER", 0)
     report = train(lambda: TEXTS + ["<0x41>"] * number, tmp_path, vocab_size=SIZE, model="unigram")
     assert (report.compared, report.differing, report.json_written) == (200 + number, number, number == 1)
     assert (tmp_path / "tokenizer.json").exists() is (tmp_path / "tokenizer_config.json").exists() is (number == 1)
