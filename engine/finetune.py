@@ -39,7 +39,7 @@ UNREAD: Mapping[str, str] = MappingProxyType({
 
 def main(argv: Sequence[str], recipe: Sequence[str] = (), demo: Sequence[str] = ()) -> int:
     """Runs one rank. `recipe` holds a recipe's own flags, `demo` its data for whoever brings none."""
-    return enter(EntryPoint("engine.finetune", UNREAD, check_data, DEFAULTS), argv, recipe, demo, make_feed)
+    return enter(EntryPoint("engine.finetune", UNREAD, check_data, DEFAULTS, loads=True), argv, recipe, demo, make_feed)
 
 
 def check_data(config: RunConfig) -> Fingerprint:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 
 import torch
 
-from engine.config import Layout, check, describe
+from engine.config import Layout, ModelConfig, check, describe
 from engine.errors import UserError, print_all, replace_unprintable, shown
 from engine.mesh import AXES, Mesh
 from engine.plan import require_memory
@@ -103,6 +103,9 @@ def only_told(job: Job, place: Place, request: Request, make_feed: MakeFeed | No
     """Whether --check or --dry-run asks for words instead of a run; rank 0 prints them. `make_feed` is None where a run
     reads no data. Raises UserError where --check finds data that the run could not read."""
     switches = request.switches
+    if switches.dry_run and request.entry.loads and not job.start.folder.name and not shape(request):
+        raise UserError("a dry run of tuning needs a model to plan for: give its folder with --load, or a shape with "
+                        "--model or --layers, --hidden, ..")
     if (switches.check or switches.dry_run) and place.rank == 0:
         lines = [*job.notes, f"{request.entry.name}: {name(job)}"]
         if switches.check:
@@ -112,6 +115,11 @@ def only_told(job: Job, place: Place, request: Request, make_feed: MakeFeed | No
         lines.append(fits(job, place, request))
         print_all("\n".join([*lines, "sound; nothing was started"] if switches.check else lines))
     return switches.check or switches.dry_run
+
+
+def shape(request: Request) -> set[str]:
+    """The fields of the model that somebody has named."""
+    return {field.name for field in fields(ModelConfig)} & {*request.given, *request.under}
 
 
 def _read(job: Job, make_feed: MakeFeed) -> str:

@@ -17,12 +17,13 @@ from engine.errors import UserError, shown
 @dataclass(frozen=True)
 class EntryPoint:
     """What pretraining, tuning and verification differ in: the module's name, what it changes of the defaults, the
-    fields it does not read (with the reason), and how it looks at its data."""
+    fields it does not read (with the reason), how it looks at its data, and whether it starts from a trained model."""
 
     name: str
     unread: Mapping[str, str]
     check_data: Callable[[RunConfig], Fingerprint]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    loads: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import pretrain
+from engine import finetune, pretrain
 from engine.data.indexed import bare_prefix
 from engine.errors import UserError
 from engine.train.lock import RunLock
@@ -132,3 +132,11 @@ def test_a_corpus_may_be_named_by_either_of_its_files(capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert pretrain.main([*ONE_STEP, "--data", f"{data[1]}.bin:1,{data[1]}:1", "--check"]) == 2
     assert "twice" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_tuning_plans_for_a_model_that_was_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without one it said that this machine holds it, of a preset that nobody had asked for."""
+    assert finetune.main("--dry-run --device cpu".split()) == 2
+    assert "needs a model to plan for" in capsys.readouterr().err
+    assert finetune.main("--dry-run --device cpu --model 125m --seq-len 64".split()) == 0
+    assert "125m" in capsys.readouterr().out
