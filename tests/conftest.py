@@ -21,9 +21,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, under Triton's inte
 
 import torch  # noqa: E402
 
-# A shell that starts the suite in the background has SIGINT ignored, and what the tests start would inherit that.
+# A shell that starts the suite in the background, or nohup, ignores signals, and what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TIMEOUT = 120.0
 """Seconds a job on the pool may take; a rank that hangs fails its test, not the session."""
