@@ -21,7 +21,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, under Triton's inte
 
 import torch  # noqa: E402
 
-# A shell that starts the suite in the background, or nohup, ignores signals, and what the tests start would inherit that.
+# A shell that starts the suite in the background, or nohup, ignores signals; what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
