@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 ENTRIES: dict[str, ModuleType] = {"engine.pretrain": pretrain, "engine.finetune": finetune, "engine.verify": verify}
 EARLY = {
     "model": "names the preset that the other fields come from", "load": "read before there is a config",
-    "resume": "read before there is a config", "tokenizer": "read before there is a config",
+    "resume": "read before there is a config", "resume_from": "read before there is a config",
+    "tokenizer": "read before there is a config",
     "max_positions": "a rule on --seq-len, and config.json; the table where positions are learned",
 }
 """Fields that are read where tests/hostile/chain.py does not look."""
