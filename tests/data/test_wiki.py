@@ -258,9 +258,41 @@ def test_a_page_without_an_end_is_named_and_the_next_is_read(tmp_path: Path) -> 
     for cuts in ([], [len(HEAD) + 300], list(range(0, len(data), 100))):
         items = of_ranges(path, cuts)
         assert ids(items) == [1, 3]
-        first, second = faults(items)
+        first, second, third = faults(items)
+        assert (third.offset, third.title) == (len(data), "") and "no </mediawiki>" in third.message
         assert (first.title, first.offset) == ("Seite 2", data.index(b"<page>", data.index(b"Seite 1")))
         assert "another begins" in first.message and second.title == "Seite 4" and "no end" in second.message
+
+
+def test_a_dump_cut_between_two_pages_is_named_once_for_any_split(tmp_path: Path) -> None:
+    path, data = tmp_path / "cut.xml", HEAD + page(1) + page(2)
+    for ending in (b"", b"\n\n", TAIL[:-3], HEAD[:30]):
+        for content in (data + ending, HEAD + ending):
+            path.write_bytes(content)
+            whole = list(read_pages(path))
+            (fault,) = faults(whole)
+            assert fault.offset == len(content) and "cut short: there is no </mediawiki> at its end" in fault.message
+            assert ids(whole) == [1, 2] * (b"<page>" in content)
+            for step in (1, 7, 100):
+                assert of_ranges(path, list(range(0, len(content), step))) == whole
+    path.write_bytes(data + b"</mediawiki  >" + b"\n" * 5000)
+    assert not faults(of_ranges(path, list(range(0, 8000, 100))))
+
+
+@pytest.mark.parametrize("pieces_of_end", [[TAIL], [b"</medi", b"awiki>", b"\n"], [b""], [b"</medi"]])
+def test_a_packed_dump_cut_between_two_streams_is_named_once_for_any_split(tmp_path: Path,
+                                                                           pieces_of_end: list[bytes]) -> None:
+    parts = [HEAD, page(1) * 3, page(2), *pieces_of_end]
+    is_cut = b"".join(pieces_of_end) in (b"", b"</medi")
+    path = tmp_path / "cut.xml.bz2"
+    path.write_bytes(b"".join(map(bz2.compress, parts)))
+    whole = list(read_pages(path))
+    assert len(faults(whole)) == is_cut and len(ids(whole)) == 4
+    for cut in range(0, path.stat().st_size, 5):
+        assert of_ranges(path, [cut]) == whole
+    assert of_ranges(path, list(range(0, path.stat().st_size, 3))) == whole
+    path.write_bytes(gzip.compress(b"".join(parts[:2])) + gzip.compress(b"".join(parts[2:])))
+    assert [fault.message for fault in faults(list(read_pages(path)))] == [one.message for one in faults(whole)]
 
 
 def test_a_page_that_is_too_large_is_skipped_in_constant_memory() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +25,9 @@ MAX_PAGE_BYTES = 16 << 20
 _HEAD_BYTES = 1 << 20
 _CHUNK = 256 << 10
 _OPEN, _CLOSE = b"<page>", b"</page>"
+_LAST = re.compile(rb"</mediawiki\s*>")
+_TAIL = 1024  # bytes before a dump's end in which _LAST stands
+_LOOKBACK = 4 << 20  # bytes of a file in which the stream of bzip2 before its last one begins
 _OLD_REDIRECT = re.compile(r"\s*#redirect\b", re.IGNORECASE)  # dumps before 2011 lack the element <redirect>
 
 
@@ -108,28 +111,52 @@ def read_pages(
     give every page once, in order, however it is cut. Raises UserError when the file cannot be opened."""
     reader = read_range(path, start, stop, encoding)
     try:
-        yield from raw_pages(reader)
+        yield from _Scanner(reader, lambda: _end_of(path, max(0, start - _LOOKBACK), encoding)).pages()
     finally:
         reader.close()
+
+
+def _end_of(path: str | Path, start: int, encoding: str) -> bytes:
+    """The last bytes of what a file holds from byte `start` on."""
+    reader = read_range(path, start, None, encoding)
+    tail, data = b"", b" "
+    try:
+        while data:
+            try:
+                data = reader.read(_CHUNK)
+            except BrokenStream:
+                continue  # named by the range that it lies in
+            tail = _tail(tail, data)
+    finally:
+        reader.close()
+    return tail
+
+
+def _tail(before: bytes, data: bytes) -> bytes:
+    """The last bytes after `data` was read, without the blanks behind them."""
+    return (before + data.rstrip()[-_TAIL:])[-_TAIL:]
 
 
 def raw_pages(stream: BinaryIO | RangeReader) -> Iterator[bytes | PageFault]:
     """The `<page>...</page>` elements of a stream, or of a range those that begin in it.
 
-    A page larger than MAX_PAGE_BYTES, one without an end, and broken compressed data come as a PageFault; what follows
-    is read on."""
+    A page larger than MAX_PAGE_BYTES, one without an end, broken compressed data and a dump without its end come as a
+    PageFault; what follows is read on."""
     return _Scanner(stream).pages()
 
 
 class _Scanner:
     """Searches a stream, holding no more of it than a page. Positions count decompressed bytes since the first read."""
 
-    def __init__(self, stream: BinaryIO | RangeReader) -> None:
-        self._stream = stream
+    def __init__(self, stream: BinaryIO | RangeReader, end_of_file: Callable[[], bytes] = bytes) -> None:
+        """end_of_file: the file's last bytes, for a range that holds too few of them."""
+        self._stream, self._end_of_file = stream, end_of_file
         self._held = bytearray()
         self._base = 0  # position of the first byte held
         self._end: int | None = None  # position at which the range ends, once known
         self._streams = deque([(-getattr(stream, "skipped", 0), getattr(stream, "stream", 0))])  # position, file offset
+        self._tail = b""  # the last bytes read
+        self._is_past, self._has_failed = False, False  # whether they lie beyond the range; whether a fault came next
 
     def pages(self) -> Iterator[bytes | PageFault]:
         while True:
@@ -137,7 +164,7 @@ class _Scanner:
             try:
                 page = self._seek_page()
                 if not page:
-                    return
+                    break
                 yield self._take_page()
             except BrokenStream as broken:
                 if page:
@@ -145,10 +172,19 @@ class _Scanner:
                 self._drop(len(self._held))
                 if broken.own:
                     yield PageFault(str(broken), "", broken.stream, 0)
+        if (fault := self._cut_short()) is not None:
+            yield fault
 
     def _read(self) -> bool:
         """Holds more bytes; False at the end."""
-        data = self._stream.read(_CHUNK)
+        try:
+            data = self._stream.read(_CHUNK)
+        except BrokenStream:
+            self._has_failed = True
+            raise
+        if data:
+            self._tail, self._has_failed = _tail(self._tail, data), False
+            self._is_past = getattr(self._stream, "past_end", False)
         position, offset = self._base + len(self._held), getattr(self._stream, "stream", 0)
         if offset != self._streams[-1][1]:
             self._streams.append((position, offset))
@@ -160,6 +196,19 @@ class _Scanner:
     def _drop(self, count: int) -> None:
         del self._held[:count]
         self._base += count
+
+    def _cut_short(self) -> PageFault | None:
+        """The fault of a dump that ends without its last tag: a file cut between two pages shows no other. Only the
+        range that has read the file's last bytes, and they were its own, tells of it; and not where a broken stream
+        was told of already."""
+        seen = self._base + len(self._held)
+        if not seen or self._is_past or self._has_failed or _LAST.search(self._tail):
+            return None
+        if len(self._tail) < _TAIL and _LAST.search(self._end_of_file()):
+            return None  # the tag begins in an earlier range
+        position, offset = self._streams[-1]
+        return PageFault("the dump is cut short: there is no </mediawiki> at its end, and pages that stood behind this "
+                         "place are lost", "", offset, seen - position)
 
     def _seek_page(self) -> bool:
         """Drops what precedes the next page; False when no other begins in the range."""
@@ -179,7 +228,7 @@ class _Scanner:
             if len(self._held) > MAX_PAGE_BYTES:
                 return self._skip_large()
             if not self._read():
-                fault = self._fault("the page has no end")
+                fault = self._fault("the page has no end: the dump is cut short within it")
                 self._drop(len(self._held))
                 return fault
         inner = self._held.rfind(_OPEN, 1, found)
