@@ -117,7 +117,7 @@ def read_elements(window: Window, decoder: json.JSONDecoder = LENIENT,
             yield Fault(window.here(), f"not JSON: {following!r} where a comma or ] should be; the array ends here")
             return
     if not following:
-        yield Fault(window.here(), "the file ends within the array")
+        yield Fault(window.here(), "the file ends within the array, without its ]: it is cut short")
         return
     window.at += 1
 
