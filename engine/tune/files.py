@@ -17,7 +17,7 @@ from typing import IO, Any
 from engine.data.encoding import is_bare_utf16, marked_encoding
 from engine.data.inputs.items import BadRecord, Fault
 from engine.data.inputs.jsonarray import Window, read_elements, take_value
-from engine.data.inputs.parquet import read_table
+from engine.data.inputs.parquet import MARKS, check_parquet, read_table
 from engine.data.unpack import BROKEN, broken, open_stream, packed_by
 from engine.errors import UserError, shown
 from engine.signature import refuse_pointer, what_it_is
@@ -80,7 +80,20 @@ def _keys(row: Any) -> str:
 
 
 def rows_in(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, the row as JSON has it) of every row of a file. Raises UserError for what is no such file."""
+    """(where it stands, the row as JSON has it) of every row of a file. Raises UserError for what is no such file, and
+    for one that holds no row."""
+    any_row = False
+    for found in _rows_in(path):
+        any_row = True
+        yield found
+    if not any_row:
+        size = path.stat().st_size
+        what = (f"in {size:,} bytes are blanks, an empty list or a table without rows" if size
+                else "it is empty (0 bytes)")
+        raise UserError(f"{shown(path)} holds no row: {what}; tuning reads {_KINDS}")
+
+
+def _rows_in(path: Path) -> Iterator[tuple[str, Any]]:
     name = shown(path)
     if not path.is_file():
         raise UserError(f"{name} is not a file; tuning reads {_KINDS}")
@@ -89,16 +102,18 @@ def rows_in(path: Path) -> Iterator[tuple[str, Any]]:
         refuse_pointer(path)
         with open(path, "rb") as raw:
             head = raw.peek(_HEAD)
-            if head.startswith(b"PAR1"):
+            compression = packed_by(head) or ""
+            named = path.suffix.lower() == ".parquet" and not compression and not head.lstrip().startswith((b"{", b"["))
+            if head and (named or head.startswith(MARKS)):
+                check_parquet(str(path))
                 yield from ((f"{name}, row {number}", row) for number, row in read_table(str(path)))
                 return
-            compression = packed_by(head) or ""
             stream = open_stream(raw, compression, str(path))
             encoding = _encoding(name, _first(path, compression))
             delimiter = _TABLES.get(_ending(path, compression))
             yield from _table(name, stream, encoding, delimiter) if delimiter else _json(name, stream, encoding)
     except BROKEN as error:
-        raise UserError(f"{name}: {broken(error, compression)}") from error
+        raise UserError(f"{name}: {broken(error, compression, path.stat().st_size)}") from error
 
 
 def _first(path: Path, compression: str) -> bytes:

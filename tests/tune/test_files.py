@@ -66,8 +66,35 @@ def test_parquet_is_read_with_its_lists_of_messages(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'b\.parquet, row 3: "tools" holds content'):
         questions(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"c\.parquet: cannot be read: pyarrow"):
-        questions(tmp_path / "c.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for content, words in (
+        (whole[:-9], rf"c\.parquet is cut short: .* its {len(whole) - 9:,} bytes do not end as one"),
+        (b"\0" * 100 + whole[100:], r"c\.parquet is no Parquet file: it begins with b'"),
+        (b"<!DOCTYPE html>", r"c\.parquet is no Parquet file: it is a web page"),
+        (whole[:4] + b"\xff" * 60 + whole[64:], r"c\.parquet: cannot be read: the Parquet file is damaged, or"),
+        (whole[:-30] + b"\xff" * 20 + whole[-10:], r"c\.parquet: cannot be read: the Parquet file is damaged, or"),
+    ):
+        (tmp_path / "c.parquet").write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            questions(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize(("name", "content", "what"), [
+    ("a.jsonl", b"", r"it is empty \(0 bytes\)"), ("a.jsonl.gz", b"", r"it is empty \(0 bytes\)"),
+    ("a.csv", b"", r"it is empty \(0 bytes\)"), ("a.parquet", b"", r"it is empty \(0 bytes\)"),
+    ("a.jsonl", b"\n\n \n", "in 4 bytes are blanks"), ("a.jsonl", b"\xef\xbb\xbf", "in 3 bytes are blanks"),
+    ("a.json", b"[]", "in 2 bytes are blanks, an empty list"), ("a.json", b'{"data": []}', "in 12 bytes are"),
+    ("a.csv", b"question,answer\n", "in 16 bytes are .*a table without rows"),
+    ("a.jsonl.gz", gzip.compress(b""), "in 20 bytes are blanks"),
+])  # fmt: skip
+def test_a_file_without_a_row_is_refused_for_that_also_beside_others(tmp_path: Path, name: str, content: bytes,
+                                                                     what: str) -> None:
+    full, path = tmp_path / "full.jsonl", tmp_path / name
+    full.write_text(CONTENTS["a.jsonl"])
+    path.write_bytes(content)
+    for paths in ([path], [full, path], [path, full]):
+        with pytest.raises(UserError, match=f"{name} holds no row: {what}.*; tuning reads JSON"):
+            list(read_chats(paths))
 
 
 def test_an_array_is_read_one_row_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +111,8 @@ GOOD = json.dumps({"question": "q", "answer": "a" * 50}).encode()
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("a.jsonl", GOOD + b"\n{nope\n", "a.jsonl, line 2: not JSON: Expecting property name"),
     ("a.jsonl", GOOD + b"\n{nope\n" + (GOOD + b"\n") * 5000, "a.jsonl, line 2: not JSON: Expecting property name"),
+    *(("a.jsonl", GOOD + b"\n" + GOOD[:cut], "a.jsonl, line 2: not JSON: .*; the file ends within this value: it "
+       "may be cut short") for cut in (-1, -9, 13, 12, 1)),
     ("a.jsonl", GOOD[:-1] + b"\n" + GOOD, r"line 1: not JSON: Expecting ',' delimiter \(on line 2\)"),
     ("a.jsonl", b'{"question": "\xff", "answer": "a"}', "line 1: the row holds bytes that are not UTF-8"),
     ("a.jsonl", b'{"question": "q", "answer": "a", "answer": "b"}', 'line 1: the key "answer" is twice in one object'),

@@ -22,6 +22,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _READ = 1 << 16
 _LONGEST_WORD = 16
 """Characters of "-Infinity" or an escape, which may be cut at the end of what has been read; and a few more."""
+_OPEN_STRING = "Unterminated string"
 LENIENT = json.JSONDecoder(parse_int=float)
 """int refuses more digits than a few thousand."""
 
@@ -135,6 +136,8 @@ def take_value(window: Window, decoder: json.JSONDecoder = LENIENT, most: int = 
             place, begins = window.line_at(error.pos), window.here()
             problem = error.msg + (f" (on line {place})" if place != begins else "")
             final = _is_final(error)
+            if window.ended and (error.pos >= len(window.text.rstrip()) or error.msg.startswith(_OPEN_STRING)):
+                problem += "; the file ends within this value: it may be cut short"
         except ValueError as error:
             problem, final = str(error), True
         except RecursionError:
@@ -148,4 +151,4 @@ def take_value(window: Window, decoder: json.JSONDecoder = LENIENT, most: int = 
 
 def _is_final(error: json.JSONDecodeError) -> bool:
     """Whether more text would not mend it: the fault lies before the end of what has been read."""
-    return error.pos < len(error.doc) - _LONGEST_WORD and not error.msg.startswith("Unterminated string")
+    return error.pos < len(error.doc) - _LONGEST_WORD and not error.msg.startswith(_OPEN_STRING)

@@ -8,9 +8,24 @@ from typing import Any
 
 from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, check_whole, shown
 from engine.errors import UserError, nearest
+from engine.signature import described
 
+MARKS = (b"PAR1", b"PARE")
+"""What a file begins and ends with: plain, and with an encrypted footer."""
 _ROWS = 256  # rows decoded at a time
 _TEXT = ("string", "large_string", "string_view")
+
+
+def check_parquet(path: str) -> None:
+    """Raises UserError for a file that does not begin and end as Parquet does, OSError for one that cannot be read."""
+    with open(path, "rb") as file:
+        if not file.read(4).startswith(MARKS):
+            raise UserError(f"{path} is no Parquet file: it {described(path)}")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4))
+        if not file.read(4).startswith(MARKS):
+            raise UserError(f"{path} is cut short: it begins as a Parquet file, and its {size:,} bytes do not end as "
+                            "one")
 
 
 def read_rows(path: str, start: int, stop: int, column: str) -> Iterator[Document | Fault]:
@@ -39,9 +54,7 @@ def read_rows(path: str, start: int, stop: int, column: str) -> Iterator[Documen
                     yield from _rows(file, group, column, row)
                 row += about.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):
-            raise  # of the disk; pyarrow's own about the content have none
-        raise OSError(f"pyarrow: {str(error).splitlines()[0]}") from None
+        raise _of_content(error) from None
 
 
 def read_table(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -65,8 +78,16 @@ def read_table(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield row, values
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, row {row + 1} or later: the text is not UTF-8: {error.reason}") from None
-    except pyarrow.ArrowException as error:
-        raise OSError(f"pyarrow: {str(error).splitlines()[0]}") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _of_content(error) from None
+
+
+def _of_content(error: Exception) -> OSError:
+    """An error of the disk as it is; pyarrow's own about the content, which have no number, as an OSError in words."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    words = (str(error).splitlines() or [type(error).__name__])[0]
+    return OSError(f"the Parquet file is damaged, or of a kind that pyarrow does not know (pyarrow: {words})")
 
 
 def _offset(group: Any) -> int:

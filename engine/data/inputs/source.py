@@ -17,6 +17,7 @@ from engine.data.encoding import (
     marked_encoding,
 )
 from engine.data.inputs.items import shown
+from engine.data.inputs.parquet import check_parquet
 from engine.data.unpack import BROKEN, COMPRESSIONS, NAMES, TooDemanding, broken, open_stream, packed_by
 from engine.data.wiki import dump_head, is_dump, read_site
 from engine.errors import UserError, nearest
@@ -31,7 +32,6 @@ KINDS = {
 }  # fmt: skip
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # a message with such a name would not be one line
 _IN_NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-_PARQUET = (b"PAR1", b"PARE")  # plain, and with an encrypted footer
 _UTF_16 = "looks like UTF-16 without a byte-order mark; say --encoding utf-16-le (or -be)"
 
 
@@ -170,7 +170,7 @@ def _source(path: str, encoding: str) -> Source:
     if compression and kind == "parquet":
         raise UserError(f"{path}: parquet is compressed inside and read at random; unpack the file first")
     if kind == "parquet":
-        _check_parquet(path, raw, stat.st_size)
+        check_parquet(path)
     elif kind == "dump":
         encoding = _encoding_of_dump(path, encoding)
     else:
@@ -187,17 +187,6 @@ def _advice(ending: str) -> str:
         return "; write its rows as .jsonl, one object a line, or as .parquet"
     hint = nearest(ending, KINDS)
     return f"; did you mean {hint}?" if hint else ""
-
-
-def _check_parquet(path: str, head: bytes, size: int) -> None:
-    """Raises UserError for a file that does not begin and end as Parquet does."""
-    if not head.startswith(_PARQUET):
-        raise UserError(f"{path} is no Parquet file: it {described(path)}")
-    with open(path, "rb") as file:
-        file.seek(-4, os.SEEK_END)
-        if not file.read(4).startswith(_PARQUET):
-            raise UserError(f"{path} is cut short: it begins as a Parquet file, and its {size:,} bytes do not end as "
-                            "one")
 
 
 def _check_packing(path: str, kind: str, compression: str, head: bytes) -> None:
