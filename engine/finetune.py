@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from engine.config import DataConfig, RunConfig
 from engine.data.batches import Batch
 from engine.data.chat import CHATML_TEMPLATE, ChatEncoder
@@ -88,18 +90,20 @@ def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
     epochs = config.batch.steps * config.batch.global_batch / len(rows)
     summary = (f"{tally.summary()}; {rows.tokens:,} tokens, {rows.supervised:,} of them learned "
                f"({rows.supervised / rows.tokens:.1%}); {epochs:.2f} epochs in {config.batch.steps} steps; "
-               f"{_held_back(held, valid, config)}")
+               f"{_held_back(held, rows, valid, config)}")
     return Feed(batches, valid, summary, len(rows), CHATML_TEMPLATE)
 
 
-def _held_back(held: Encoded | None, valid: Batch | None, config: RunConfig) -> str:
+def _held_back(held: Encoded | None, rows: Encoded, valid: Batch | None, config: RunConfig) -> str:
     """What is evaluated, in words."""
     if held is None:
         unheard = f", so --eval-every {config.save.eval_every} evaluates nothing" if config.save.eval_every else ""
         return f"nothing held back{unheard} (--split 0.1 or --valid-data holds rows back)"
     read = 0 if valid is None else len(valid.tokens)
     source = "of --valid-data" if config.data.valid_data else "of --data"
-    return f"held back: {len(held):,} rows {source}, {read:,} read in an evaluation"
+    both = int(np.isin(held.digests, rows.digests).sum())
+    known = f"; {both:,} of them are learned from too: their loss says nothing of new rows" if both else ""
+    return f"held back: {len(held):,} rows {source}, {read:,} read in an evaluation{known}"
 
 
 if __name__ == "__main__":

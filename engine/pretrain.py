@@ -13,9 +13,8 @@ import torch
 from engine.config import RunConfig
 from engine.data import open_samples
 from engine.data.batches import PretrainBatches, read
-from engine.data.blend import parse_spec
-from engine.data.fingerprint import Fingerprint, of_corpora
-from engine.data.indexed import bare_prefix, one_corpus_twice
+from engine.data.fingerprint import Fingerprint, copies, of_corpora
+from engine.data.indexed import bare_prefix
 from engine.data.samples import Samples
 from engine.errors import UserError
 from engine.mesh import Mesh
@@ -81,9 +80,9 @@ def make_feed(job: Job, mesh: Mesh, origin: int) -> Feed:
 
 
 def _overlap(config: RunConfig) -> bool:
-    """Whether --valid-data and --data have a corpus in common, whatever the paths to it."""
-    specs = (config.data.data, config.data.valid_data)
-    return one_corpus_twice([prefix for spec in specs for prefix, _ in parse_spec(spec)]) is not None
+    """Whether --valid-data and --data have a corpus in common, or a copy of one, whatever the paths to it."""
+    trained, held = (of_corpora(spec) for spec in (config.data.data, config.data.valid_data))
+    return any(copy >= len(trained) for _, copy in copies([*trained, *held]))
 
 
 def _prove(config: RunConfig, mesh: Mesh | None, device: torch.device = _CPU) -> None:

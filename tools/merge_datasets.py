@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import end_quietly, run_cli  # noqa: E402
+from engine.errors import end_quietly, run_cli, shown  # noqa: E402
 
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
@@ -26,6 +26,9 @@ def main(argv: list[str]) -> int:
     args = parser.read(argv)
     done = combine([bare_prefix(prefix) for prefix in args.input], args.output_prefix, args.overwrite)
     print(f"{args.output_prefix}: {done.documents:,} documents, {done.tokens:,} tokens of {len(args.input)} corpora")
+    for first, copy in done.copies:
+        print(f"{shown(first)} and {shown(copy)} hold the same tokens, by their checksums: their documents are there "
+              "twice")
     if not done.described:
         print("not every corpus has a .json to tell its tokenizer, so none is written: make sure that they share one "
               "(and nothing proves the bytes of what was joined)")

@@ -19,11 +19,13 @@ _TOKENS = 4 << 20  # copied at a time, or a document where one is longer
 
 
 class Combined(NamedTuple):
-    """What came out; described: whether there is a P.json."""
+    """What came out; described: whether there is a P.json; copies: inputs that hold the tokens of one before them, as
+    (that one, the copy). They may be meant: so a corpus counts twice."""
 
     documents: int
     tokens: int
     described: bool
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 def combine(prefixes: Sequence[str], output_prefix: str, overwrite: bool = False) -> Combined:
@@ -45,15 +47,20 @@ def combine(prefixes: Sequence[str], output_prefix: str, overwrite: bool = False
 def _write(prefixes: Sequence[str], corpora: Sequence[IndexedDataset], facts: Sequence[Facts | None],
            writer: IndexedWriter) -> Combined:
     """Raises UserError for a corpus whose bytes are not those that its checksums vouch for, OSError of a full disk."""
+    first: dict[FileSums, str] = {}
+    copies: list[tuple[str, str]] = []
     for corpus, fact in zip(corpora, facts, strict=True):
         sums = file_sums(fact)
         if sums is not None:
             deque(sums["idx"].read(corpus.idx_path), maxlen=0)
         corpus.verify_index()
-        _copy(corpus, writer, sums["bin"] if sums else None)
+        copied = _copy(corpus, writer, sums["bin"] if sums else None)
+        before = first.setdefault(copied, corpus.prefix)
+        if before != corpus.prefix and copied.size:
+            copies.append((before, corpus.prefix))
     whole = _facts(prefixes, facts, writer)
     writer.finish(whole)
-    return Combined(writer.documents, writer.tokens, whole is not None)
+    return Combined(writer.documents, writer.tokens, whole is not None, tuple(copies))
 
 
 def _check_distinct(prefixes: Sequence[str]) -> None:
@@ -97,9 +104,10 @@ def _check_alike(corpora: Sequence[IndexedDataset], facts: Sequence[Facts | None
     return int(known[0][1]["tokenizer"]["vocab_size"]) if len(known) == len(corpora) else None
 
 
-def _copy(corpus: IndexedDataset, writer: IndexedWriter, sums: FileSums | None) -> None:
-    """Raises UserError where the tokens copied are not those that `sums` vouch for: the copy would vouch for them."""
-    copied = Summing(sums.block_bytes) if sums else None
+def _copy(corpus: IndexedDataset, writer: IndexedWriter, sums: FileSums | None) -> FileSums:
+    """The checksums of the tokens copied. Raises UserError where they are not those that `sums` vouch for: the copy
+    would vouch for them."""
+    copied = Summing(sums.block_bytes) if sums else Summing()
     index = corpus.document_index
     for at in range(0, corpus.documents, _DOCUMENTS):
         firsts = index[at : at + _DOCUMENTS + 1]  # the first sequence of each, and of the next
@@ -110,16 +118,17 @@ def _copy(corpus: IndexedDataset, writer: IndexedWriter, sums: FileSums | None) 
         while low < len(firsts) - 1:
             high = max(low + 1, int(np.searchsorted(ends, ends[low] + _TOKENS, side="right")) - 1)
             tokens = corpus.tokens[start + int(ends[low]) : start + int(ends[high])]
-            if copied is not None:
-                copied.update(tokens.data)
+            copied.update(tokens.data)
             writer.add_documents(
                 tokens,
                 sizes[int(firsts[low] - firsts[0]) : int(firsts[high] - firsts[0])],
                 np.diff(firsts[low : high + 1]),
             )
             low = high
-    if sums is not None and copied is not None:
-        sums.check_same(corpus.bin_path, copied.sums())
+    found = copied.sums()
+    if sums is not None:
+        sums.check_same(corpus.bin_path, found)
+    return found
 
 
 def _facts(

@@ -10,10 +10,13 @@ from typing import Any
 
 from engine.data.blend import parse_spec
 from engine.data.indexed import IndexedDataset, with_suffix
+from engine.errors import shown
 
 Fingerprint = Sequence[Mapping[str, Any]]
 """For each corpus or file, where it lay ("path") and what it was."""
 
+_CONTENT = ("bytes", "crc32", "documents", "tokens", "dtype", "bin_crc32", "idx_crc32")
+"""What is the same of two copies."""
 _ENDS = 1 << 16  # bytes looked at from either end of a file
 
 
@@ -36,6 +39,25 @@ def of_corpora(spec: str) -> list[dict[str, Any]]:
 def of_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Files of rows."""
     return [{"path": str(path), "bytes": os.path.getsize(path), "crc32": _crc_of_ends(path)} for path in paths]
+
+
+def copies(found: Fingerprint) -> list[tuple[int, int]]:
+    """The corpora or files that hold what one before them holds, as far as sizes and the checksums of their ends tell:
+    (place of the first, place of the copy). Empty ones are none."""
+    first: dict[tuple[Any, ...], int] = {}
+    pairs = []
+    for number, one in enumerate(found):
+        what = tuple(one.get(name) for name in _CONTENT)
+        before = first.setdefault(what, number)
+        if before != number and (one.get("tokens") or one.get("bytes")):
+            pairs.append((before, number))
+    return pairs
+
+
+def copy_notes(found: Fingerprint) -> list[str]:
+    """A line for each copy among what a run is trained on."""
+    return [f"--data: {shown(found[copy]['path'])} holds the same as {shown(found[first]['path'])}, by sizes and "
+            "checksums: what they hold is learned more often" for first, copy in copies(found)]
 
 
 def difference(then: Any, now: Fingerprint) -> str | None:

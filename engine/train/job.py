@@ -14,7 +14,7 @@ from engine.config import Layout, ModelConfig, RunConfig, check
 from engine.config.flags import Values, build
 from engine.config.idle import refuse_idle
 from engine.config.presets import preset_fault
-from engine.data.fingerprint import Fingerprint
+from engine.data.fingerprint import Fingerprint, copy_notes
 from engine.errors import UserError, shown
 from engine.hf import Origin, TokenIds, config_to_hf, read_origin, token_ids
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
@@ -81,7 +81,8 @@ def prepare(request: Request, place: Place) -> Job:
         require_memory(plan, *memory_here(job, place, switches))
         if missing is not None:
             raise missing
-        job = replace(job, data=request.entry.check_data(config))
+        data = request.entry.check_data(config)
+        job = replace(job, data=data, notes=[*notes, *copy_notes(data)])
         if not config.data.new_data:
             same_data(job.data, start)
     return job

@@ -158,6 +158,15 @@ def test_a_corpus_is_not_joined_with_itself_nor_blended(tmp_path: Path, monkeypa
     assert [prefix for prefix, _ in parse_spec(f"{one}:1,{other}:1")] == [str(one), str(other)]
 
 
+@pytest.mark.parametrize("facts", [FACTS, None])
+def test_copies_among_joined_corpora_are_told_and_joined(tmp_path: Path, facts: dict[str, object] | None) -> None:
+    """A copy may be meant, to have a corpus count twice. Those of Megatron-LM have no checksums to look at."""
+    parts = {"one": [[[1]], [[2, 3]]], "other": [[[1]], [[2, 4]]], "copy": [[[1]], [[2, 3]]], "none": [], "empty": []}
+    prefixes = [str(corpus(tmp_path / name, part, facts)) for name, part in parts.items()]
+    done = combine(prefixes, str(tmp_path / "all"))
+    assert done.copies == ((prefixes[0], prefixes[2]),) and done.documents == 6
+
+
 def test_a_broken_index_is_not_copied(tmp_path: Path) -> None:
     one = corpus(tmp_path / "one", [[[1, 2]], [[3]], [[4, 5, 6]]])
     raw = bytearray((tmp_path / "one.idx").read_bytes())
@@ -258,7 +267,8 @@ def test_the_tools_print_and_exit(tmp_path: Path, vocabulary: str) -> None:
     corpus(tmp_path / "one", [[[1]], [[2, 3]]], FACTS)
     corpus(tmp_path / "more", [[[1]], [[2, 3]]], FACTS)
     done = tool("merge_datasets.py", "--input", "one", "more", "--output-prefix", "two")
-    assert done.stdout == "two: 4 documents, 6 tokens of 2 corpora\n" and done.returncode == 0
+    assert done.stdout == ("two: 4 documents, 6 tokens of 2 corpora\none and more hold the same tokens, by their "
+                           "checksums: their documents are there twice\n") and done.returncode == 0
     done = tool("inspect_data.py", "two", "--verify")
     assert done.returncode == 0 and "two: 4 documents" in done.stdout and "verified: 4 pointers" in done.stdout
     assert tool("inspect_data.py", "two", "--doc", "3").stdout == "document 3: 2 tokens\n2 3\n"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.data.fingerprint import difference, of_corpora, of_files
+from engine.data.fingerprint import copies, copy_notes, difference, of_corpora, of_files
 from engine.data.indexed import IndexedWriter
 from engine.errors import UserError
 
@@ -35,6 +35,19 @@ def test_the_same_corpus_elsewhere_is_no_difference(tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         os.replace(tmp_path / f"c{suffix}", tmp_path / "moved" / f"c{suffix}")
     assert difference(then, of_corpora(str(tmp_path / "moved" / "c"))) is None
+
+
+def test_copies_are_told_apart_from_others_whatever_they_are_called(tmp_path: Path) -> None:
+    prefixes = [write(tmp_path / "a", 1000), write(tmp_path / "b", 1000, seed=1), write(tmp_path / "c", 1000),
+                write(tmp_path / "d", 0), write(tmp_path / "e", 0)]
+    found = of_corpora(",".join(f"{prefix}:{n}" for n, prefix in enumerate(prefixes, 1)))
+    assert copies(found) == [(0, 2)]
+    (note,) = copy_notes(found)
+    assert f"{prefixes[2]} holds the same as {prefixes[0]}" in note
+    rows = [tmp_path / name for name in ("x.jsonl", "y.jsonl", "z.jsonl")]
+    for path, text in zip(rows, ("row\n", "row\n", "raw\n"), strict=True):
+        path.write_text(text)
+    assert copies(of_files(rows)) == [(0, 1)]
 
 
 @pytest.mark.parametrize(("tokens", "seed", "info", "words"), [

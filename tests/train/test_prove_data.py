@@ -61,6 +61,7 @@ def test_what_nothing_proves_is_said_and_trained_on(tmp_path: Path, capfd: pytes
     said = capfd.readouterr().out
     assert f"nothing proves the bytes of {bare}: {bare}.json is not there" in said
     assert "MB match their checksums" in said and "of a corpus that is trained on too" in said
+    assert f"--data: {bare} holds the same as {whole}" in said
 
 
 def test_resuming_does_not_check_again_unasked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

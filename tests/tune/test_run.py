@@ -19,6 +19,7 @@ from engine.config.flags import parse
 from engine.data.fingerprint import difference
 from engine.errors import UserError
 from engine.finetune import check_data
+from engine.finetune import main as finetune_here
 from engine.model import Decoder, Parts
 from engine.parallel.init import initialize
 from engine.parallel.sharding import pieces, shard_of
@@ -96,3 +97,17 @@ def test_other_rows_held_back_or_keys_left_out_are_other_data(tmp_path: Path) ->
     rows.write_text(json.dumps({"question": "q", "answer": ""}))
     with pytest.raises(UserError, match="none of its 1 rows has anything to learn"):
         looked_at("")
+
+
+def test_held_back_rows_that_are_learned_too_are_said(tmp_path: Path, own: Path,
+                                                      capfd: pytest.CaptureFixture[str]) -> None:
+    write_base(tmp_path / "base", own)
+    for name, rows in (("a", range(4)), ("copy", range(4)), ("held", range(3, 6))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"question": f"say {n}", "answer": f"{n}"}) + "\n" for n in rows))
+    a, copy, held = (str(tmp_path / f"{name}.jsonl") for name in ("a", "copy", "held"))
+    flags = [*TUNE.split(), "--split", "0", "--load", str(tmp_path / "base"), "--steps", "1", "--valid-data", held]
+    assert finetune_here([*flags, "--data", f"{a},{copy}"]) == 0
+    said = capfd.readouterr().out
+    assert "held back: 3 rows of --valid-data, 3 read in an evaluation; 1 of them are learned from too" in said
+    assert f"--data: {copy} holds the same as {a}" in said
