@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
                         help="read the result again: every tensor bit for bit, the ids of texts of many scripts, and "
                         "transformers' logits if installed")
     parser.add_argument("--force", action="store_true",
-                        help="export a tokenizer too that no tokenizer.json can express exactly")
+                        help="convert a tokenizer too that cannot be loaded, or that no tokenizer.json can express "
+                        "exactly")
     options = parser.read(argv)
     if not 0 < options.shard_gb <= 5:
         raise UserError(f"--shard-gb {options.shard_gb} must be above 0 and at most 5")

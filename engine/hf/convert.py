@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,9 @@ from engine.hf.folder import open_hf
 from engine.hf.serving import CONFIG, GENERATION, TokenIds, generation_config, read_origin
 from engine.hf.serving_tokenizer import serving_tokenizer
 from engine.model.shapes import logical_shapes
-from engine.tokenizer import tokenizer_files
+from engine.tokenizer import is_tokenizer, load_tokenizer, tokenizer_files
+from engine.tokenizer.files import JSON
+from engine.tokenizer.json_file import read_tokenizer_json
 
 Progress = Callable[[str], None]
 Assets = dict[str, Path | bytes]
@@ -102,6 +105,7 @@ def convert(load: Path, save: Path, *, to: str | None, dtype: str | None, shard_
     model = open_model(load)
     to = to or ("engine" if model.kind == "hf" else "hf")
     wanted = DTYPES[dtype] if dtype else None
+    _check_tokenizer(model, force, say)
     if to == "hf":
         tokenizer = serving_tokenizer(model.assets, model.folder, force=force, say=say)
         model = replace(model, assets={**model.assets, **tokenizer})
@@ -115,6 +119,23 @@ def convert(load: Path, save: Path, *, to: str | None, dtype: str | None, shard_
         say(f"warning: {shown(model.source.place)} holds NaN or infinity in {names}; it was converted as it is, and "
             "computes nothing")
     return to
+
+
+def _check_tokenizer(model: Model, force: bool, say: Progress) -> None:
+    """UserError where the folder has a tokenizer that cannot be loaded; with `force` that is said. Where the package
+    `tokenizers` is missing, its file is looked at as far as it can be without."""
+    if not is_tokenizer(model.assets):
+        return
+    try:
+        if JSON in model.assets and importlib.util.find_spec("tokenizers") is None:
+            read_tokenizer_json(model.folder / JSON)
+        else:
+            load_tokenizer(str(model.folder))
+    except UserError as fault:
+        if not force:
+            raise UserError(f"the tokenizer cannot be used: {fault}; mend or delete it, or say --force to convert it "
+                            "as it is") from None
+        say(f"warning: the tokenizer cannot be used, and is converted as it is: {fault}")
 
 
 def check_output(load: Path, save: Path) -> None:

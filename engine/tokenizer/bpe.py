@@ -104,6 +104,10 @@ class ByteVocabulary:
         return [part for part in parts if part]
 
 
+_MOST_UNMADE = 128
+"""Entries that no merge makes are control pieces. Vocabularies keep some in reserve: so many, or a tenth, at most."""
+
+
 def read_gpt2(vocab: Path, merges: Path) -> tuple[ByteVocabulary, dict[str, int]]:
     """The pair vocab.json and merges.txt (at OpenAI encoder.json and vocab.bpe), and the entries that no merge makes,
     as "<|endoftext|>": text and id. Raises UserError, naming the line, for whatever contradicts itself."""
@@ -133,7 +137,12 @@ def read_gpt2(vocab: Path, merges: Path) -> tuple[ByteVocabulary, dict[str, int]
         made.add("".join(pair))
     ids = {_to_bytes(piece, vocab, 0): number for piece, number in entries.items() if piece in made}
     _check_bytes(ids, vocab)
-    return ByteVocabulary(ids, ranks), {piece: number for piece, number in entries.items() if piece not in made}
+    unmade = {piece: number for piece, number in entries.items() if piece not in made}
+    if len(unmade) > max(_MOST_UNMADE, len(entries) // 10):
+        holds = f"holds {len(ranks):,} merges" if ranks else "holds no merge"
+        raise UserError(f"{merges} {holds}, and {len(unmade):,} of the {len(entries):,} pieces in {vocab.name} cannot "
+                        "be made by them: it is empty, cut short or of another vocabulary")
+    return ByteVocabulary(ids, ranks), unmade
 
 
 def _to_bytes(piece: str, path: Path, line: int) -> bytes:

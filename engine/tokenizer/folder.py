@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.signature import first_bytes, what_it_is
 from engine.tokenizer.files import ADDED, CONFIG, JSON, SPECIAL_MAP
 
 Files = Mapping[str, Path]
 """The files of a tokenizer, by name."""
+
 
 def hash_of(*contents: bytes) -> str:
     """sha256, hex, of contents one after another."""
@@ -26,7 +28,9 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON that can be read: {str(error)[:200]}") from None
+        what = what_it_is(first_bytes(path))
+        raise UserError(f"{path} is {what}" if what else f"{path} is not JSON that can be read: {str(error)[:200]}"
+                        ) from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

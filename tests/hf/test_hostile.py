@@ -19,6 +19,7 @@ from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.hf import TokenIds, config_from_hf, config_to_hf, open_hf, read_config
 from engine.hf.config import FAMILIES
+from engine.hf.convert import convert
 from engine.hf.serving import read_token_ids
 from engine.model.shapes import logical_shapes
 
@@ -234,3 +235,21 @@ def test_special_token_ids_are_checked(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
     with pytest.raises(UserError, match="not whole numbers"):
         read_token_ids(folder)
+
+
+@pytest.mark.parametrize(("files", "words"), [
+    ({"tokenizer.json": b""}, "tokenizer.json is empty"), ({"tokenizer.json": b"{}"}, "it holds no vocabulary"),
+    ({"tokenizer.model": b""}, "tokenizer.model is no sentencepiece model.*it is empty"),
+    ({"vocab.json": b"", "merges.txt": b""}, "vocab.json is empty"), ({"a.tiktoken": b""}, "a.tiktoken is empty"),
+])
+def test_a_tokenizer_that_cannot_be_loaded_is_not_converted(tmp_path: Path, files: dict[str, bytes],
+                                                            words: str) -> None:
+    folder, said = write(tmp_path / "hf", TINY), []  # type: tuple[Path, list[str]]
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    how: dict[str, Any] = {"to": "engine", "dtype": None, "shard_bytes": 1 << 20, "say": said.append}
+    with pytest.raises(UserError, match=f"the tokenizer cannot be used: .*{words}.*mend or delete it, or say --force"):
+        convert(folder, tmp_path / "run", **how)
+    assert not (tmp_path / "run").exists()
+    convert(folder, tmp_path / "run", **how, force=True)
+    assert "warning: the tokenizer cannot be used, and is converted as it is" in said[0]

@@ -178,7 +178,8 @@ def test_verify_finds_one_changed_bit(tmp_path: Path) -> None:
 
 def test_what_is_made_is_a_run_folder_that_loads(tmp_path: Path) -> None:
     source = make("llama", tmp_path / "hf")
-    (source / "tokenizer.json").write_bytes(b'{"odd":  "spacing\\u00e9"}\r\n')
+    odd = b'{"version":  "1.0", "model": {"type": "BPE", "vocab": {"a\\u00e9":  0}, "merges": []}}\r\n'
+    (source / "tokenizer.json").write_bytes(odd)
     run(source, tmp_path / "run")
     found = resolve(tmp_path / "run")
     checkpoint = open_checkpoint(found.folder)

@@ -18,6 +18,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.errors import UserError
 from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.tokenizer.bpe import ByteVocabulary, byte_alphabet, read_gpt2
 from engine.tokenizer.patterns import (
@@ -132,6 +133,16 @@ def lower(made: Any) -> None:
 JSON = {"gpt2": (lambda made: None, {}), "prefix space": (prefixed, {}), "llama3": (splits(LLAMA3), {}),
         "llama3, whole first": (splits(LLAMA3), {"ignore_merges": True}), "qwen2, nfc": (nfc, {}),
         "o200k": (splits(O200K), {}), "lower case": (lower, {})}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100])
+def test_merges_that_are_cut_short_are_refused(pair: Path, tmp_path: Path, kept: int) -> None:
+    """Pieces that no merge makes would be control pieces, and text would fall into bytes."""
+    (tmp_path / "vocab.json").write_bytes((pair / "vocab.json").read_bytes())
+    lines = (pair / "merges.txt").read_bytes().splitlines(keepends=True)
+    (tmp_path / "merges.txt").write_bytes(b"".join(lines[:kept]))
+    with pytest.raises(UserError, match=r"merges.txt holds (no merge|99 merges), and .* pieces in vocab.json cannot"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", JSON)
