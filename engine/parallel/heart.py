@@ -24,8 +24,10 @@ class Phase(StrEnum):
     BACKWARD = "backward"
     OPTIMIZER = "optimizer"
     SAVE = "save"
-    """Checkpoints, and lines of the run folder."""
+    """A checkpoint is written."""
     EVALUATION = "evaluation"
+    CALLBACK = "callback"
+    """What else happens after a step: lines of the run folder, the console, a user's own."""
     END = "end"
     """All work is done; the ranks take leave of each other."""
 

@@ -7,10 +7,12 @@ import gc
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+from engine.parallel.heart import Heart, Phase
 
 
 @dataclass
@@ -36,7 +38,8 @@ class StepRecord:
 
 
 class Callback(Protocol):
-    """Called after every step, in the order of the list; every rank calls the same ones."""
+    """Called after every step, in the order of the list; every rank calls the same ones. One that may take long for a
+    good reason says in the mesh's heart what it does."""
 
     def after_step(self, record: StepRecord, last: bool) -> None:
         """`last` on the run's last step, whether it was planned or asked for by a signal."""
@@ -64,9 +67,11 @@ class Save:
     every: int
     save: Callable[[], None]
     sync: Sequence[Callable[[], None]] = ()
+    heart: Heart = field(default_factory=Heart)
 
     def after_step(self, record: StepRecord, last: bool) -> None:
         if last or (self.every and record.step % self.every == 0):
+            self.heart.enter(Phase.SAVE)
             for sync in self.sync:
                 sync()
             self.save()

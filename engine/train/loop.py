@@ -37,7 +37,7 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
                                "has moved. Lower --lr, lengthen --warmup, or look at the data of this step")
             record = _record(engine, result, time.perf_counter() - start, waited, mfu)
             for callback in callbacks:
-                heart.enter(Phase.SAVE)
+                heart.enter(Phase.CALLBACK)  # one that saves or evaluates says so itself
                 callback.after_step(record, record.stopped or engine.step == final)
             if record.stopped:
                 return engine.step == final

@@ -161,7 +161,7 @@ class _Session:
         lines = agreed(self._open_folder, self.mesh, self.job.device)
         callbacks += lines
         if self.out is not None:  # after its lines: a run that dies in between writes them again, and misses none
-            callbacks.append(Save(save.save_every, self._save, [item.sync for item in lines]))
+            callbacks.append(Save(save.save_every, self._save, [item.sync for item in lines], self.mesh.heart))
         if self.guard is not None:
             callbacks.append(self.guard)
         if console is not None:

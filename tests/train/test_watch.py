@@ -9,12 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
 
+from engine.config import RunConfig
+from engine.config.flags import build
 from engine.parallel.heart import Heart, Phase, Waited
+from engine.train.callbacks import Callback, Save, StepRecord
+from engine.train.engine import StepResult
+from engine.train.loop import train
 from engine.train.rendezvous import end_run, linger
+from engine.train.signals import StopRequest
 from engine.train.watch import Limits, Watch
 from engine.train.watch import watch as module
 from engine.train.watch.guard import Guard
@@ -256,3 +264,40 @@ class Immediate:
 
     def wait(self) -> None:
         return
+
+
+class Sleepy:
+    """A user's callback that hangs."""
+
+    def after_step(self, record: StepRecord, last: bool) -> None:
+        time.sleep(10 * SECONDS)
+
+
+def one_step(heart: Heart, *callbacks: Callback) -> None:
+    """Runs the loop for a step of nothing, with some callbacks, in a thread."""
+    config: RunConfig = build({"steps": 1})
+    nothing = SimpleNamespace(step=lambda step: None)
+    mesh = SimpleNamespace(heart=heart)
+    engine = SimpleNamespace(config=config, mesh=mesh, step=0, device=SimpleNamespace(type="cpu"))
+
+    def train_step(batch: object, stop: bool) -> StepResult:
+        engine.step += 1
+        return StepResult(1.0, 1.0, 1e-3, 1, 1, 1, 0, False)
+
+    engine.train_step = train_step
+    arguments = cast(Any, (engine, nothing, callbacks, lambda rate: None, StopRequest()))
+    threading.Thread(target=train, args=arguments, daemon=True).start()
+
+
+def test_a_callback_that_hangs_has_the_limit_of_a_step_and_its_name_and_a_save_that_of_saves(
+        pair: Callable[[Limits], list[Watch]], capfd: pytest.CaptureFixture[str]) -> None:
+    waiting, slow = watches = pair(Limits(2.0, 1000.0))
+    waiting.heart.waiting = True
+    save = Save(1, lambda: time.sleep(10 * SECONDS), (), slow.heart)
+    one_step(slow.heart, save)
+    assert until(lambda: slow.heart.phase is Phase.SAVE)
+    time.sleep(4.0)
+    assert codes(watches) == [None, None], capfd.readouterr().err
+    one_step(slow.heart, Sleepy(), save)
+    assert until(lambda: codes(watches) == [1, 1]), codes(watches)
+    assert capfd.readouterr().err.count("hangs in callback at step 1: nothing has moved for") == 2
