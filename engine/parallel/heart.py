@@ -6,7 +6,7 @@ reads it and tells the other ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Protocol
@@ -32,10 +32,16 @@ class Phase(StrEnum):
     """All work is done; the ranks take leave of each other."""
 
 
+SLOW = frozenset((Phase.START, Phase.SAVE))
+"""What a slow disk may hold up for long."""
+
+
 class Heart:
-    """What the main thread does. Every step forward, however small, is a beat."""
+    """What the main thread does. Every step forward, however small, is a beat. `turned` is called by the main thread
+    when another limit begins: a phase of `SLOW`, or one that follows it."""
 
     def __init__(self) -> None:
+        self.turned: Callable[[], None] = lambda: None
         self.step = 0
         self.phase = Phase.MEETING
         self.waiting = False
@@ -43,10 +49,12 @@ class Heart:
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """The main thread begins something else."""
-        self.phase = phase
+        before, self.phase = self.phase, phase
         if step is not None:
             self.step = step
         self.beats += 1
+        if (before in SLOW) != (phase in SLOW):
+            self.turned()
 
     @contextmanager
     def waits(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import subprocess
 import sys
 import threading
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,7 +28,7 @@ from engine.train.rendezvous import end_run, linger
 from engine.train.signals import StopRequest
 from engine.train.watch import Limits, Watch
 from engine.train.watch import watch as module
-from engine.train.watch.guard import Guard
+from engine.train.watch.guard import GRACE, Guard
 from engine.train.watch.processes import Process, Processes
 from engine.train.watch.pulse import Finding, Pulse, Stillness, verdict
 
@@ -152,6 +155,20 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Limits], list[Wa
     for watch in started:
         watch.ended.set()
         watch.guard.stop()
+
+
+def test_a_rank_that_keeps_the_lock_at_once_has_come_and_its_timer_has_the_limit_of_its_phase(
+        pair: Callable[[Limits], list[Watch]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread of it has run since it was written down, or since it entered a phase with another limit."""
+    monkeypatch.setattr(Watch, "run", lambda watch: None)
+    monkeypatch.setattr(Guard, "run", lambda guard: None)
+    first, second = pair(Limits(5.0, 300.0))
+    assert None not in first._all_pulses() and None not in second._all_pulses()
+    armed: list[float] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **more: armed.append(seconds))
+    for phase in (Phase.START, Phase.DATA, Phase.FORWARD, Phase.SAVE, Phase.CALLBACK):
+        second.heart.enter(phase)
+    assert armed == [300 + GRACE, 5 + GRACE, 300 + GRACE, 5 + GRACE]
 
 
 def codes(watches: list[Watch]) -> list[int | None]:
@@ -290,7 +307,9 @@ def one_step(heart: Heart, *callbacks: Callback) -> None:
 
 
 def test_a_callback_that_hangs_has_the_limit_of_a_step_and_its_name_and_a_save_that_of_saves(
-        pair: Callable[[Limits], list[Watch]], capfd: pytest.CaptureFixture[str]) -> None:
+        pair: Callable[[Limits], list[Watch]], capfd: pytest.CaptureFixture[str], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     waiting, slow = watches = pair(Limits(2.0, 1000.0))
     waiting.heart.waiting = True
     save = Save(1, lambda: time.sleep(10 * SECONDS), (), slow.heart)
@@ -301,3 +320,5 @@ def test_a_callback_that_hangs_has_the_limit_of_a_step_and_its_name_and_a_save_t
     one_step(slow.heart, Sleepy(), save)
     assert until(lambda: codes(watches) == [1, 1]), codes(watches)
     assert capfd.readouterr().err.count("hangs in callback at step 1: nothing has moved for") == 2
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert "hangs in callback at step 1" in told, "torchrun's closing block ends with the cause"

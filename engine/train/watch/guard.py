@@ -34,7 +34,7 @@ class Guard(threading.Thread):
         """Looks until it is stopped."""
         still = Stillness(10 * EVERY)
         while not self.ended.wait(EVERY):
-            self._arm()
+            self.arm()
             seconds = still.look(self.looks(), time.monotonic())
             if seconds > self.limit:
                 self.silent(seconds)
@@ -46,6 +46,10 @@ class Guard(threading.Thread):
             self.join(2 * EVERY)  # not for ever: it may have found an end of its own at this moment
         faulthandler.cancel_dump_traceback_later()
 
-    def _arm(self) -> None:
+    def arm(self) -> None:
+        """Sets faulthandler's timer anew. This thread does so at each look, and the main thread where another limit
+        begins: it may be the last thing it does before it keeps the lock."""
+        if self.ended.is_set():
+            return
         with suppress(RuntimeError, ValueError, OSError, AttributeError):  # an stderr that is no file
             faulthandler.dump_traceback_later(self.hang_limit() + GRACE, exit=True, file=sys.stderr)

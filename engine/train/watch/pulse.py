@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.parallel.heart import Phase
+from engine.parallel.heart import SLOW, Phase
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Limits:
 
     def of(self, phase: Phase) -> float:
         """The limit of a phase."""
-        return self.disk if phase in (Phase.START, Phase.SAVE) else self.peers
+        return self.disk if phase in SLOW else self.peers
 
     @property
     def last(self) -> float:

@@ -63,6 +63,7 @@ class Watch(threading.Thread):
         self.look: tuple[float, Table] | None = None
         self.guard = Guard(lambda: self.looks, self._silent, limits.peers + 2 * POLL,
                            lambda: limits.of(self.heart.phase))
+        self.heart.turned = self.guard.arm
 
     def start(self) -> None:
         """Writes this rank down and begins to watch. Raises what a store raises that has gone."""
@@ -77,10 +78,10 @@ class Watch(threading.Thread):
     def _write_down(self) -> None:
         store, own = self.store, Process.of(os.getpid())
         store.set_timeout(timedelta(seconds=self.limits.last))  # the guard ends a silence before torch complains of it
-        if self.rank == 0:  # who has not come yet has an empty pulse; one that this erases is published again
-            # torch's stub of `Store` lacks two of its methods.
-            keys = [f"pulse/{rank}" for rank in range(self.world)]
-            store.multi_set(keys, [""] * self.world)  # type: ignore[attr-defined]
+        for rank in range(self.world) if self.rank == 0 else ():  # who has not come yet has an empty pulse
+            # Appended: it makes the key and erases no pulse. torch's stub of `Store` lacks two of its methods.
+            store.append(f"pulse/{rank}", "")  # type: ignore[attr-defined]
+        store.set(f"pulse/{self.rank}", self._pulse().text())  # at once: a rank that hangs now has come
         store.compare_set(FAILED, "", "")  # a key that is read must be there
         store.append(AWARE, "")  # type: ignore[attr-defined]
         store.append(f"machine/{self.machine}", f"{self.rank} {own.pid} {own.birth};")  # type: ignore[attr-defined]
