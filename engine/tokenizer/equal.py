@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from engine.tokenizer.scripts import many_scripts
 from engine.tokenizer.sp import SentencePieceTokenizer
 from engine.tokenizer.sp_json import CannotExpress
 from engine.tokenizer.train_json import as_file
+from engine.tokenizer.why_unequal import why_unequal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Comparison:
     """Texts whose ids, or the text of the ids, are not the same."""
     example: str = ""
     """The first of them and both sides' ids, in words."""
+    reasons: str = ""
+    """Why they differ, in words; "" where that is not known."""
 
     @property
     def equal(self) -> bool:
@@ -98,4 +101,14 @@ def _proven(tokenizer: Tokenizer, raw: bytes, content: Mapping[str, Any]) -> Com
     unknown = tokenizer.token_id(str(content["model"].get("unk_token") or "<unk>"))
     # What an unknown character is read back as is no part of a vocabulary: each library has a sign of its own.
     read = [("", "") if unknown in ids else (tokenizer.decode(ids), fast.decode(ids)) for ids in ours]
-    return compare_texts(texts, ours, theirs, read)
+    found = compare_texts(texts, ours, theirs, read)
+    return found if found.equal else replace(found, reasons=_reasons(tokenizer, raw, texts, ours, theirs))
+
+
+def _reasons(tokenizer: Tokenizer, raw: bytes, texts: list[str], ours: list[list[int]], theirs: list[list[int]]) -> str:
+    from tokenizers import Tokenizer as Rust
+
+    parted = ((text, one, two) for text, one, two in zip(texts, ours, theirs, strict=True) if one != two)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return why_unequal(tokenizer.proto(), Rust.from_str(raw.decode()), parted)
+    return "the engine in `tokenizers` reads the pattern of its pre-tokenizer otherwise" if any(parted) else ""

@@ -136,7 +136,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def tokenizer_json(self) -> dict[str, Any]:
         """The same vocabulary as a tokenizer.json. Raises CannotExpress."""
-        return sentencepiece_json(self._model.serialized_model_proto(), self._added)
+        return sentencepiece_json(self.proto(), self._added)
+
+    def proto(self) -> bytes:
+        """The model as it is used: serialized, with control pieces that text is never split into."""
+        return bytes(self._model.serialized_model_proto())
 
 
 def why_not_exact(facts: ModelFacts, pieces: Iterable[str]) -> str | None:

@@ -27,6 +27,8 @@ class ModelFacts:
     byte_fallback: bool = False
     suffix_space: bool = False
     """Spaces are put after words instead of before them."""
+    normalizer: str = ""
+    """The name that its normaliser was trained under, such as nmt_nfkc or identity."""
     character_map: bytes = b""
     """Text is normalised by a map such as NFKC's; empty for none."""
     dummy_prefix: bool = True
@@ -56,6 +58,7 @@ def model_facts(proto: bytes) -> ModelFacts:
         model_type=_int(trainer.get(3), UNIGRAM),
         byte_fallback=bool(_int(trainer.get(35), 0)),
         suffix_space=bool(_int(trainer.get(24), 0)),
+        normalizer=_text(normalizer.get(1), ""),
         character_map=_bytes(normalizer.get(2)),
         dummy_prefix=bool(_int(normalizer.get(3), 1)),
         extra_spaces_removed=bool(_int(normalizer.get(4), 1)),

@@ -72,11 +72,11 @@ def sentencepiece_json(proto: bytes, added: Mapping[str, int] | None = None) -> 
 
 def _check(facts: ModelFacts, pieces: Sequence[Piece], added: Mapping[str, int]) -> None:
     if facts.model_type not in (BPE, UNIGRAM):
-        raise CannotExpress("the model is neither BPE nor unigram")
+        raise CannotExpress("its model is neither BPE nor unigram, but of words or characters")
     if facts.suffix_space:
-        raise CannotExpress("it puts spaces behind words")
+        raise CannotExpress("it puts spaces behind words (treat_whitespace_as_suffix)")
     if not facts.spaces_escaped:
-        raise CannotExpress("it does not mark spaces")
+        raise CannotExpress("it does not mark spaces (escape_whitespaces is off)")
     if any(piece.kind == UNUSED for piece in pieces):
         raise CannotExpress("it holds pieces that are marked as unused")
     if facts.model_type == UNIGRAM and list(added.values()) != list(range(len(pieces), len(pieces) + len(added))):

@@ -14,6 +14,7 @@ import torch
 
 from engine.checkpoint import Entry, Resolved, alone, resolve, save_checkpoint
 from engine.config import ModelConfig, RunConfig, to_dict
+from engine.data.chat import ChatEncoder, Message
 from engine.errors import UserError
 from engine.hf import assets_for
 from engine.hf.convert import convert
@@ -100,12 +101,41 @@ def test_an_export_encodes_as_the_model_was_trained(kind: str, tmp_path: Path) -
 def test_an_export_that_cannot_be_equal_is_refused_without_force(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(bare_model(tmp_path, normalization_rule_name="nmt_nfkc")))
     run = made_run(tmp_path / "run", tokenizer)
-    with pytest.raises(UserError, match=r"differs from them on \d+ of 2,\d+ texts, first .*--force exports it"):
+    with pytest.raises(UserError, match=r"differs from them on \d+ of 2,\d+ texts: its normaliser \"nmt_nfkc\" .*; "
+                       r"first .*--force exports it"):
         export(run, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     lines = export(run, tmp_path / "hf", force=True)
     assert "NOT equal to what the model was trained with" in lines[0] and lines[-1] == "verified: False"
     assert lines[-2].startswith("ids: not equal, transformers"), lines
+
+
+@pytest.mark.parametrize("changes", [{"user_defined_symbols": SYMBOLS, "pad_id": 3}, {
+    "model_type": "unigram", "byte_fallback": False, "bos_id": -1}])
+def test_a_model_that_no_tokenizer_json_expresses_is_exported_so_that_transformers_loads_it(
+        tmp_path: Path, changes: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(str(bare_model(tmp_path, treat_whitespace_as_suffix=True, **changes)))
+    run, how = made_run(tmp_path / "run", tokenizer), {"to": "hf", "dtype": None, "shard_bytes": 10**9}
+    with pytest.raises(UserError, match=r"it puts spaces behind words \(treat_whitespace_as_suffix\).*--force"):
+        convert(run, tmp_path / "hf", say=print, **how)  # type: ignore[arg-type]
+    lines: list[str] = []
+    convert(run, tmp_path / "hf", say=lines.append, force=True, **how)  # type: ignore[arg-type]
+    assert "none is written: a tokenizer.json cannot express" in lines[0] and "AutoTokenizer loads it" in lines[1]
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+    from transformers import AutoTokenizer
+
+    client = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert client.eos_token_id == tokenizer.eos_id and len(client) == tokenizer.vocab_size
+    for text in texts.CASES:
+        if not any(token in text for token in client.all_special_tokens):
+            assert client.encode(text) == tokenizer.encode(text), text
+    again = load_tokenizer(str(tmp_path / "hf"))
+    assert again.hash == tokenizer.hash and again.encode("the cat") == tokenizer.encode("the cat")
+    if client.chat_template is not None:
+        rows = [{"role": "user", "content": "the cat"}]
+        ids = client.apply_chat_template(rows, add_generation_prompt=True, return_dict=False)
+        asked = ChatEncoder(tokenizer).encode([Message("user", "the cat"), Message("assistant", "a")])[0]
+        assert ids == asked[: len(ids)]
 
 
 def test_verify_finds_an_export_whose_tokenizer_is_another(tmp_path: Path) -> None:
