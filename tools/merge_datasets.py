@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from engine.config.command import Command  # noqa: E402
 from engine.data.combine import combine  # noqa: E402
-from engine.data.indexed import bare_prefix  # noqa: E402
+from engine.data.indexed import bare_prefix, output_prefix  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -24,8 +24,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.read(argv)
-    done = combine([bare_prefix(prefix) for prefix in args.input], args.output_prefix, args.overwrite)
-    print(f"{args.output_prefix}: {done.documents:,} documents, {done.tokens:,} tokens of {len(args.input)} corpora")
+    prefix = output_prefix(args.output_prefix)
+    done = combine([bare_prefix(name) for name in args.input], prefix, args.overwrite)
+    print(f"{prefix}: {done.documents:,} documents, {done.tokens:,} tokens of {len(args.input)} corpora")
     for first, copy in done.copies:
         print(f"{shown(first)} and {shown(copy)} hold the same tokens, by their checksums: their documents are there "
               "twice")

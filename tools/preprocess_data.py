@@ -18,6 +18,7 @@ if __name__ == "__main__":
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts a thread a core in every worker, for nothing
 
 from engine.config.command import Command, whole  # noqa: E402
+from engine.data.indexed import output_prefix  # noqa: E402
 from engine.data.inputs import SPLITS, lost_whole  # noqa: E402
 from engine.data.preprocess import DEFAULT_SEED, HOW_TO_GET_ONE, Counts, Settings, preprocess  # noqa: E402
 
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> int:
     args = vars(_arguments(argv))
     begun = time.monotonic()
     megabytes = args.pop("unit_megabytes")
+    args["output_prefix"] = output_prefix(args["output_prefix"])
     settings = Settings(unit_bytes=megabytes if megabytes is None else megabytes << 20, **args)
     try:
         counts = preprocess(settings)

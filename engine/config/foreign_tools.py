@@ -53,9 +53,13 @@ PREPROCESS: Table = MappingProxyType({
     "seed": ("--shuffle-seed", ""), "eod": ("--append-eod", ""), "files": ("--input", ""), "data": ("--input", ""),
     "dataset": ("--input", "files"), "seq-length": ("", "documents are kept whole; --seq-len is training's"),
     "seq-len": ("", "documents are kept whole; --seq-len is training's"), "dedupe": ("--dedup exact", ""),
-    "deduplicate": ("--dedup exact", ""),
+    "deduplicate": ("--dedup exact", ""), "out-prefix": ("--output-prefix", ""),
+    "append-bos": ("", "a document begins with its text; --append-eod ends it"),
 })
 """Megatron-LM's tools/preprocess_data.py and its kin."""
+
+_MADE = ("--output", "the folder that the new vocabulary is written to")
+_FIXED = ("", "<unk>, <s>, </s> and <pad> are made with the ids 0 to 3")
 
 TOKENIZER: Table = MappingProxyType({
     "model-type": ("--model", "bpe or unigram"), "model-prefix": ("--output", "a folder"),
@@ -66,6 +70,14 @@ TOKENIZER: Table = MappingProxyType({
     "data": ("--input", ""), "num-threads": ("", "all cores are used"),
     "normalization-rule-name": ("", "text is left as it is; tools/preprocess_data.py --clean changes it"),
     "shuffle-input-sentence": ("--seed", "of what is drawn"), "json-keys": ("--json-key", "one key"),
+    "jsonl-keys": ("--json-key", "one key"), "text-column": ("--json-key", ""), "text-key": ("--json-key", ""),
+    "vocab-file": _MADE, "vocab": _MADE, "merge-file": _MADE, "merges-file": _MADE, "tokenizer-model": _MADE,
+    "output-prefix": ("--output", "a folder"), "out": ("--output", "a folder"), "output-file": ("--output", "a folder"),
+    "tokenizer": ("", "a vocabulary is made new; tools/preprocess_data.py --tokenizer takes one that is there"),
+    "tokenizer-type": ("--model", "bpe or unigram"), "min-frequency": ("", "what --vocab-size has room for is learned"),
+    "num-workers": ("", "all cores are used"), "workers": ("", "all cores are used"), "dataset": ("--input", "files"),
+    "max-sentence-length": ("", "documents of any length are read"), "bos-id": _FIXED, "eos-id": _FIXED,
+    "unk-id": _FIXED, "pad-id": _FIXED,
 })
 """sentencepiece's spm_train and tokenizers' trainers."""
 
@@ -87,6 +99,7 @@ CONVERT: Table = MappingProxyType({
 MERGE: Table = MappingProxyType({
     "inputs": ("--input", ""), "data": ("--input", ""), "output": ("--output-prefix", ""),
     "output-dir": ("--output-prefix", "a path without .bin"), "out": ("--output-prefix", ""),
+    "out-prefix": ("--output-prefix", ""),
 })
 """Megatron-LM's tools/merge_datasets.py takes a folder; this one takes prefixes."""
 

@@ -66,6 +66,15 @@ def bare_prefix(name: str) -> str:
     return name
 
 
+def output_prefix(name: str) -> str:
+    """The prefix that a corpus is to be written under: P, where it is called P.bin or P.idx, as in `bare_prefix`."""
+    folder, file = os.path.split(name)
+    for suffix in (".bin", ".idx"):
+        if file.endswith(suffix) and file != suffix and not os.path.exists(f"{name}.idx"):
+            return os.path.join(folder, file.removesuffix(suffix))
+    return name
+
+
 class IndexedDataset:
     """A corpus on disk, memory-mapped. Opening reads the header and a few entries, whatever the corpus' size.
 

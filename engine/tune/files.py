@@ -35,7 +35,8 @@ def chat_files(spec: str, flag: str = "--data") -> list[Path]:
     names = [spec] if os.path.exists(spec) else [name.strip() for name in spec.split(",") if name.strip()]
     seen: dict[tuple[int, int], str] = {}
     for name in names:
-        if not Path(name).is_file():
+        of_corpus = Path(name).suffix in (".bin", ".idx") and Path(name).with_suffix(".idx").is_file()
+        if of_corpus or not Path(name).is_file():
             raise UserError(_missing(name, flag))
         stat = os.stat(name)
         first = seen.get((stat.st_dev, stat.st_ino))
@@ -55,7 +56,7 @@ def _missing(name: str, flag: str) -> str:
                 f"name the files alone: {flag} {shown(weighted[1])}")
     if Path(name).is_dir():
         return f"{flag} {shown(name)} is a folder; name its files, joined by commas"
-    if Path(f"{name}.idx").is_file() or Path(name).suffix == ".idx":
+    if Path(f"{name}.idx").is_file() or Path(name).suffix in (".bin", ".idx"):
         return f"{flag} {shown(name)} is a corpus of token ids; tuning reads files of chat rows, {_KINDS}"
     return f"{flag} {shown(name)} is not a file; tuning reads files of chat rows, {_KINDS}"
 

@@ -113,6 +113,21 @@ def test_generation_answers_too(argv: list[str], answer: str) -> None:
     assert answer in str(caught.value) and len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(("tool", "flag", "answer"), [
+    ("train_tokenizer.py", "--vocab-file", "which is --output here (the folder that the new vocabulary is written to)"),
+    ("train_tokenizer.py", "--output-prefix", "which is --output here (a folder)"),
+    ("train_tokenizer.py", "--tokenizer", "a vocabulary is made new"),
+    ("preprocess_data.py", "--vocab-file", "which is --tokenizer here"),
+    ("preprocess_data.py", "--append-bos", "a document begins with its text"),
+])
+def test_a_tool_answers_to_files_of_vocabularies(tool: str, flag: str, answer: str) -> None:
+    command = Command(tool, "")
+    for ours in ("--vocab-size", "--append-eod", "--output", "--tokenizer-x"):
+        command.add_argument(ours)
+    with pytest.raises(UserError, match=re.escape(answer)):
+        command.read([flag, "x"])
+
+
 def test_a_prompt_that_looks_like_a_flag_is_a_prompt() -> None:
     assert generate.parse(["--load", "x", "--prompt=--lora"]).prompt == "--lora"
     assert generate.parse(["--load", "x", "--prompt", "--what is this?"]).prompt == "--what is this?"

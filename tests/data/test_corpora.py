@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engine.data import combine as room
 from engine.data.blend import parse_spec
 from engine.data.combine import combine
-from engine.data.indexed import IndexedDataset, IndexedWriter
+from engine.data.indexed import IndexedDataset, IndexedWriter, output_prefix
 from engine.data.overview import document_lengths, overview, show_document, verify
 from engine.data.samples import mix, permute, permute_inverse
 from engine.data.shuffle import Batch, shuffled
@@ -167,6 +167,15 @@ def test_copies_among_joined_corpora_are_told_and_joined(tmp_path: Path, facts: 
     assert done.copies == ((prefixes[0], prefixes[2]),) and done.documents == 6
 
 
+def test_an_output_named_by_one_of_its_files_is_written_there(tmp_path: Path) -> None:
+    for name in ("a.bin", "a.idx", "b.c/a.bin"):
+        assert output_prefix(f"{tmp_path}/{name}") == f"{tmp_path}/{name[:-4]}"
+    for name in ("a", "a.json", "b.bin/a", ".bin"):
+        assert output_prefix(f"{tmp_path}/{name}") == f"{tmp_path}/{name}"
+    corpus(tmp_path / "x.bin", [])  # a prefix that itself ends so, from earlier
+    assert output_prefix(f"{tmp_path}/x.bin") == f"{tmp_path}/x.bin"
+
+
 def test_a_broken_index_is_not_copied(tmp_path: Path) -> None:
     one = corpus(tmp_path / "one", [[[1, 2]], [[3]], [[4, 5, 6]]])
     raw = bytearray((tmp_path / "one.idx").read_bytes())
@@ -266,7 +275,7 @@ def test_the_tools_print_and_exit(tmp_path: Path, vocabulary: str) -> None:
 
     corpus(tmp_path / "one", [[[1]], [[2, 3]]], FACTS)
     corpus(tmp_path / "more", [[[1]], [[2, 3]]], FACTS)
-    done = tool("merge_datasets.py", "--input", "one", "more", "--output-prefix", "two")
+    done = tool("merge_datasets.py", "--input", "one.bin", "more.idx", "--output-prefix", "two.bin")
     assert done.stdout == ("two: 4 documents, 6 tokens of 2 corpora\none and more hold the same tokens, by their "
                            "checksums: their documents are there twice\n") and done.returncode == 0
     done = tool("inspect_data.py", "two", "--verify")

@@ -98,6 +98,7 @@ def test_what_cannot_be_input_is_refused_by_name(tmp_path: Path) -> None:
     put(tmp_path / "a.pdf", "a")
     put(tmp_path / "a.xml", "<html>")
     put(tmp_path / "a.parquet.gz", "a")
+    put(tmp_path / "p.bin", "a"), put(tmp_path / "p.idx", "a"), put(tmp_path / "q.bin", "a")
     (tmp_path / "empty").mkdir()
     pipe = tmp_path / "pipe.jsonl"
     os.mkfifo(pipe)  # opening it would wait for ever
@@ -106,6 +107,9 @@ def test_what_cannot_be_input_is_refused_by_name(tmp_path: Path) -> None:
         ([tmp_path / "*.csv"], "no file matches"),
         ([tmp_path / "empty"], "holds no file that can be read"),
         ([tmp_path / "a.pdf"], "ends in .pdf; known are .jsonl"),
+        ([tmp_path / "p.bin"], r"p.bin is of a corpus of token ids already: train on it with --data .*/p, or join it"),
+        ([tmp_path / "p.idx"], "p.idx is of a corpus of token ids already"),
+        ([tmp_path / "q.bin"], "ends in .bin; known are .jsonl"),
         ([tmp_path / "a.xml"], "not a MediaWiki dump"),
         ([tmp_path / "a.parquet.gz"], "unpack the file first"),
         ([tmp_path / "a.txt", tmp_path / "a.txt"], "given twice"),

@@ -153,8 +153,10 @@ def test_several_files_are_named_by_commas(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"--valid-data .*{said}"):
             chat_files(spec, "--valid-data")
     (tmp_path / "corpus.idx").write_bytes(b"")
-    with pytest.raises(UserError, match="is a corpus of token ids; tuning reads files of chat rows"):
-        chat_files(str(tmp_path / "corpus"))
+    (tmp_path / "corpus.bin").write_bytes(b"")
+    for name in ("corpus", "corpus.bin", "corpus.idx"):
+        with pytest.raises(UserError, match=f"{name} is a corpus of token ids; tuning reads files of chat rows"):
+            chat_files(str(tmp_path / name))
 
 
 @real_data

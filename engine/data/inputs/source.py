@@ -165,6 +165,9 @@ def _source(path: str, encoding: str) -> Source:
         raw = first_bytes(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if kind is None and ending in (".bin", ".idx") and os.path.exists(f"{path.removesuffix(ending)}.idx"):
+        raise UserError(f"{path} is of a corpus of token ids already: train on it with --data "
+                        f"{shown(path.removesuffix(ending))}, or join it with others by tools/merge_datasets.py")
     if kind is None:
         raise UserError(f"{path} ends in {ending or 'nothing'}; known are {_endings()}{_advice(ending)}")
     if compression and kind == "parquet":
