@@ -169,8 +169,9 @@ def _learned(role: str, message: Mapping[str, Any]) -> bool:
 
 
 def _text(content: Any, unused: set[str] | None = None, ignored: Collection[str] = ()) -> str:
-    """Text; the digits of a whole number; nothing for null; or the joined text of a list of parts. Adds to `unused`."""
-    if content is None:
+    """Text; the digits of a whole number; nothing for null and for NaN, which is how tables write an empty cell of a
+    column of text; or the joined text of a list of parts. Adds to `unused`."""
+    if content is None or content != content:
         return ""
     if isinstance(content, list):
         return "".join(_part(part, set() if unused is None else unused, ignored) for part in content)

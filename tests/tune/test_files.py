@@ -97,6 +97,27 @@ def test_a_file_without_a_row_is_refused_for_that_also_beside_others(tmp_path: P
             list(read_chats(paths))
 
 
+def test_words_that_tables_take_for_an_empty_cell_are_text(tmp_path: Path) -> None:
+    """pandas reads each of them as NaN; somebody asked for it, and somebody answered."""
+    words = ["nan", "NaN", "null", "NULL", "NA", "N/A", "#N/A", "None", "-nan", "inf", "true", "007", "1e5", "1_000",
+             " padded ", "[]", "{}", "0"]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["question", "answer", "system"], *([word, word, word] for word in words)])
+    found = [[message.content for message in chat.messages] for chat in read_chats([tmp_path / "a.csv"])]
+    assert found == [[word] * 3 for word in words]
+
+
+def test_a_cell_that_is_empty_is_no_text(tmp_path: Path) -> None:
+    """NaN itself, as pandas leaves it in JSON and in Parquet, is like null: an empty question, an empty answer."""
+    (tmp_path / "a.jsonl").write_text('{"question": NaN, "answer": "a"}\n{"question": "q", "answer": NaN}\n'
+                                      '{"messages": [{"role": "user", "content": NaN}, {"role": "assistant", '
+                                      '"content": "b"}]}\n')
+    chats = list(read_chats([tmp_path / "a.jsonl"]))
+    assert [[message.content for message in chat.messages] for chat in chats] == [["", "a"], ["q", ""], ["", "b"]]
+    assert [chat.empty_answers for chat in chats] == [0, 1, 0]
+
+
 def test_an_array_is_read_one_row_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW", 1 << 17)
     path = tmp_path / "a.json"
