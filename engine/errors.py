@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -58,27 +58,53 @@ def end_quietly() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class _Output(io.TextIOWrapper):
+    """Standard output. Whoever prints may be writing a file too: a full disk here must not be taken for one there."""
+
+    def write(self, text: str, /) -> int:
+        with _named():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _named():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Raises UserError where standard output cannot be written, but for a reader that has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise UserError(f"standard output cannot be written: {error.strerror or error}") from None
+
+
 def replace_unprintable() -> None:
     """What a terminal cannot show (PYTHONIOENCODING=ascii) is replaced in what we print, and raises nothing. What is
-    printed to a closed output (`>&-`) goes nowhere."""
+    printed to a closed output (`>&-`) goes nowhere, and one that cannot be written is named (`_Output`)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # opened at once, so that no file of the run gets the free descriptor
             setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # tests put other things there
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    out = sys.__stdout__  # keeps the buffer open that both share
+    if sys.stdout is out and isinstance(out, io.TextIOWrapper) and not isinstance(out, _Output):
+        sys.stdout = _Output(out.buffer, encoding=out.encoding, errors=out.errors, line_buffering=out.line_buffering,
+                             write_through=out.write_through)
 
 
 def print_all(text: str) -> None:
     """Prints the whole of what a command has to say. The reader (head, less) may go before the end: that is no error.
     Raises UserError where the output goes to a full disk."""
     try:
-        print(text, flush=True)
+        with _named():
+            print(text, flush=True)
     except BrokenPipeError:
         _drop_output()
-    except OSError as error:
-        _drop_output()
-        raise UserError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def _drop_output() -> None:
@@ -106,7 +132,8 @@ def guarded(body: Callable[[], int]) -> int:
         except SystemExit as end:  # argparse's --help
             code = end.code if isinstance(end.code, int) else 0
         if sys.stdout is not None:
-            sys.stdout.flush()
+            with _named():
+                sys.stdout.flush()
         return code
     except UserError as error:
         return _refuse(str(error))
@@ -122,7 +149,6 @@ def guarded(body: Callable[[], int]) -> int:
         if error.filename is None and error.errno not in FULL:
             raise
         where = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-        _drop_output()  # where it is the standard output that is full
         return _refuse(f"{where}{error.strerror}")
 
 

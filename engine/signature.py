@@ -44,7 +44,11 @@ def first_bytes(path: str | Path) -> bytes:
 def refuse_pointer(path: str | Path) -> None:
     """Raises UserError where a file is no file but a pointer to one, which the tools of Git LFS or git-annex put in its
     place; OSError where it cannot be read."""
-    head = first_bytes(path)
+    refuse_pointer_text(str(path), first_bytes(path))
+
+
+def refuse_pointer_text(path: str, head: bytes) -> None:
+    """The same of what was read from a file, which may be a pipe."""
     if found := _LFS.match(head):
         raise UserError(f"{path} is a pointer of Git LFS, not the file of {int(found[1]):,} bytes that it stands for; "
                         "run `git lfs pull` in its repository, or download the file itself")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from engine.errors import UserError, shown
+from engine.signature import HEAD_BYTES, refuse_pointer_text
 
 MOST_BYTES = 1 << 20
 """A run's config has some hundred lines; what is longer is another file, or a device that never ends."""
@@ -51,6 +52,7 @@ def _text(path: str, name: str) -> str:
     if path == "-" and not content.strip():
         # Most often another process, or an earlier one, has read it: a run without its config would be another run.
         raise UserError(f"{name}: standard input is empty; it is read once, by one process. Give a file")
+    refuse_pointer_text(name, content[:HEAD_BYTES])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -53,6 +53,9 @@ def find_start(under: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Valu
         return values, Start(checkpoint=checkpoint, resume=step)
     if not asked.get("load"):
         return asked, Start()
+    if "load" not in given and not Path(str(asked["load"])).exists():
+        raise UserError(f"{shown(asked['load'])}, the model that this recipe tunes, is not there: `make demo` makes "
+                        "it; or give the folder of another one with --load")
     weights = resolve(str(asked["load"]))
     return asked, Start(weights, None if weights.kind == "hf" else open_checkpoint(weights.folder))
 

@@ -58,7 +58,8 @@ def _missing(name: str, flag: str) -> str:
         return f"{flag} {shown(name)} is a folder; name its files, joined by commas"
     if Path(f"{name}.idx").is_file() or Path(name).suffix in (".bin", ".idx"):
         return f"{flag} {shown(name)} is a corpus of token ids; tuning reads files of chat rows, {_KINDS}"
-    return f"{flag} {shown(name)} is not a file; tuning reads files of chat rows, {_KINDS}"
+    return (f"{flag} {shown(name)} is not a file; tuning reads files of chat rows, {_KINDS}; `make demo` makes one to "
+            "try")
 
 
 def read_chats(paths: Sequence[str | Path], ignored: Collection[str] = ()) -> Iterator[Chat]:

@@ -129,6 +129,8 @@ def test_yaml_is_flat_or_grouped_and_flags_win(tmp_path: Path) -> None:
     ("tp: null", "--tp needs a value"),
     ("? [a]\n: b", "is not YAML"),
     ("\x00", "is not YAML"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 159\n", "is a pointer of Git LFS, not the "
+     "file of 159 bytes that it stands for"),
     ("1: 2", "unknown option --1"),
     ("optimizer: {tp: 2}", "unknown option --optimizer.tp"),
 ])

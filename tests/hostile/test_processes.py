@@ -71,7 +71,26 @@ def test_a_full_disk_behind_the_output_is_one_line(program: str) -> None:
         done = subprocess.run([sys.executable, *COMMANDS[program], HELP], env=environment(), cwd=ROOT, stdout=full,
                               stderr=subprocess.PIPE, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.count(b"\n") == 1 and b"No space left on device" in done.stderr, done.stderr
+    assert done.stderr == b"error: standard output cannot be written: No space left on device\n", done.stderr
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_full_output_is_not_taken_for_the_disk_that_is_written_to(flush: bool) -> None:
+    code = f"""
+from engine.errors import UserError, run_cli
+def main(argv):
+    try:
+        print("half way", flush={flush})
+    except OSError as error:
+        raise UserError(f"out/ cannot be written: {{error.strerror}}")
+    return 0
+run_cli(main)
+"""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, stdout=full,
+                              stderr=subprocess.PIPE, timeout=120)
+    assert done.stderr == b"error: standard output cannot be written: No space left on device\n", done.stderr
+    assert done.returncode == 2
 
 
 @pytest.mark.slow

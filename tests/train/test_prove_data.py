@@ -20,6 +20,10 @@ from engine.errors import UserError
 from engine.mesh import rank_grid
 from engine.parallel.comm import TorchComm
 from engine.train import prove_data as room
+from engine.train.entry import only_told
+from engine.train.job import prepare
+from engine.train.place import Place
+from engine.train.request import EntryPoint, read_request
 
 FACTS = {"format": "triax-corpus", "version": 1, "tokenizer": {"hash": "abc", "vocab_size": 101}, "eod_id": 2,
          "counts": {"documents": 60, "tokens": 3000}}
@@ -53,6 +57,17 @@ def test_a_damaged_corpus_is_refused_before_anything_is_written(
         said = capfd.readouterr().err
         assert said.count("\n") == 1 and "damaged.bin: bytes 0 to 5,999 do not match their checksum" in said
     assert not out.exists()
+
+
+def test_one_rank_of_many_proves_for_a_check_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = write(tmp_path / "damaged", damaged=True)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    entry = EntryPoint("engine.pretrain", {}, pretrain.check_data)
+    request = read_request(entry, flags(damaged, "--check"))
+    place = Place(0, 2, 0, 2)
+    with pytest.raises(UserError, match="damaged.bin: bytes 0 to 5,999 do not match their checksum"):
+        only_told(prepare(request, place), place, request, pretrain.make_feed)
 
 
 def test_what_nothing_proves_is_said_and_trained_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

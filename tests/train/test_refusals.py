@@ -140,3 +140,14 @@ def test_a_dry_run_of_tuning_plans_for_a_model_that_was_named(capsys: pytest.Cap
     assert "needs a model to plan for" in capsys.readouterr().err
     assert finetune.main("--dry-run --device cpu --model 125m --seq-len 64".split()) == 0
     assert "125m" in capsys.readouterr().out
+
+
+def test_a_recipe_whose_model_is_not_there_says_what_makes_it(capsys: pytest.CaptureFixture[str],
+                                                              tmp_path: Path) -> None:
+    recipe = ["--load", str(tmp_path / "demo" / "runs")]
+    for flags in ([], ["--check"], ["--dry-run"]):
+        assert finetune.main(flags, recipe=recipe) == runs.BAD_INPUT
+        line = capsys.readouterr().err
+        assert f"{recipe[1]}, the model that this recipe tunes, is not there: `make demo` makes it" in line
+    assert finetune.main(recipe) == runs.BAD_INPUT
+    assert "make demo" not in capsys.readouterr().err, "the caller's own folder is no demo"

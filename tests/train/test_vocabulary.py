@@ -154,3 +154,27 @@ def test_a_grown_model_trains_resumes_and_is_exported(folder: Path, loads: dict[
     convert(folder / "parts", folder / "exported", to="hf", dtype=None, shard_bytes=10**9, say=lambda line: None)
     exported = load_tokenizer(str(folder / "exported"))
     assert exported.hash == load_tokenizer(str(extended)).hash and exported.token_id("<|x|>") == PIECES - 1
+
+
+def test_a_model_without_chat_pieces_is_tuned_as_the_advice_says(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                                                 data: list[str]) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    train_tokenizer(lambda: iter(TEXT), tmp_path / "bare", vocab_size=ROWS, special=())
+    run = str(tmp_path / "run")
+    assert pretrain.main([*runs.MODEL, "--vocab-size", str(ROWS), "--steps", "1", *data, "--tokenizer",
+                          str(tmp_path / "bare"), "--out", run]) == 0
+    row = {"messages": [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "the fox"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--load", run, "--data", str(tmp_path / "rows.jsonl"), "--check"]
+    capsys.readouterr()
+    assert finetune.main(flags) == runs.BAD_INPUT
+    line = capsys.readouterr().err
+    assert "the tokenizer has no <|im_start|> and <|im_end|>" in line and line.count("\n") == 1
+    assert "takes its own tokenizer with the two added, --tokenizer DIR --vocab-size N" in line
+    own = tmp_path / "run" / "checkpoints" / "step-00000001" / "hf"
+    shutil.copytree(own, tmp_path / "two")
+    file = tmp_path / "two" / "tokenizer.json"
+    content = tokenizers.Tokenizer.from_file(str(file))
+    content.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    content.save(str(file))
+    assert finetune.main([*flags, "--tokenizer", str(tmp_path / "two"), "--vocab-size", str(ROWS + 2)]) == 0
