@@ -12,6 +12,9 @@ STAMP := .venv/.triax-installed
 READY := $(if $(filter .venv/bin/python,$(PY)),$(STAMP))
 SEES_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null
 NO_GPU = echo "make $@: no torch that sees a CUDA GPU here, nothing was run"
+JOBS ?= 2
+# A file's tests stay in one process: they share what its fixtures make.
+BESIDE := -n $(JOBS) --dist loadfile
 NAMED := $(if $(ONLY),--only $(ONLY))
 
 help:  ## this list
@@ -24,10 +27,10 @@ demo: $(STAMP)  ## the whole chain on this machine: text, tokenizer, pretraining
 	@$(PY) examples/demo.py
 
 test: $(STAMP)  ## the whole test suite but for soak
-	@$(PY) -m pytest -m "not soak"
+	@$(PY) -m pytest -m "not soak" $(BESIDE)
 
 test-fast: $(STAMP)  ## the suite without its slow part
-	@$(PY) -m pytest -m "not slow and not soak"
+	@$(PY) -m pytest -m "not slow and not soak" $(BESIDE)
 
 soak: $(STAMP)  ## kills, hangs and mutations that take minutes
 	@$(PY) -m pytest -m soak

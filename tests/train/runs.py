@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forked import Forked
 
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.folders import step_folders
@@ -49,8 +51,19 @@ def environment(**more: str) -> dict[str, str]:
 
 def pretrain(*flags: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """`python -m engine.pretrain` on one process, to its end."""
-    command = [sys.executable, "-m", "engine.pretrain", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**env), cwd=cwd)
+    return to_the_end("-m", "engine.pretrain", *flags, cwd=cwd, **env)
+
+
+def to_the_end(*program: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python PROGRAM...` in one process, to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = Forked([str(word) for word in program], env=environment(**env), cwd=cwd, out=out, err=err)
+        try:
+            code = process.wait(120)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(program, code, out.read_text(), err.read_text())
 
 
 def free_port() -> int:
@@ -66,7 +79,7 @@ class Run:
 
     out: Path
     launcher: subprocess.Popen[str] | None
-    ranks: list[subprocess.Popen[str]]
+    ranks: list[Forked]
     log: Path
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -96,14 +109,17 @@ class Run:
                 found[int(rank[0])] = int(path.parent.name)
         return [found[rank] for rank in sorted(found)]
 
+    def started(self) -> Sequence[subprocess.Popen[str] | Forked]:
+        """What was started by us."""
+        return [self.launcher] if self.launcher else self.ranks
+
     def all_ended(self) -> bool:
         """Whether everything that was started has ended."""
-        started = [self.launcher] if self.launcher else self.ranks
-        return all(process.poll() is not None for process in started)
+        return all(process.poll() is not None for process in self.started())
 
     def codes(self) -> list[int | None]:
         """Exit codes: torchrun's, or the ranks'."""
-        return [process.wait(200) for process in ([self.launcher] if self.launcher else self.ranks)]
+        return [process.wait(200) for process in self.started()]
 
     def said(self) -> str:
         """Everything printed so far."""
@@ -117,7 +133,7 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         if self.launcher is not None:
             self.launcher.kill()
-        for process in [self.launcher] if self.launcher else self.ranks:
+        for process in self.started():
             process.wait(30)
 
 
@@ -168,12 +184,9 @@ def start_ranks(out: Path, flags: Sequence[str], *, world: int = 4, program: Seq
     """Starts each rank by itself, as mpirun or srun would: no launcher ends the others when one dies."""
     port = str(free_port())
     log = out.with_name(f"{out.name}-{time.monotonic_ns()}.log")
-    ranks = []
-    with open(log, "w") as sink:
-        for rank in range(world):
-            where = environment(**launcher(rank, world, port), **env)
-            command = [sys.executable, *program, *flags, "--out", str(out)]
-            ranks.append(subprocess.Popen(command, stdout=sink, stderr=sink, text=True, env=where, cwd=ROOT))
+    log.touch()
+    ranks = [Forked([*program, *flags, "--out", str(out)], env=environment(**launcher(rank, world, port), **env),
+                    cwd=ROOT, out=log, err=log) for rank in range(world)]
     return Run(out, None, ranks, log)
 
 

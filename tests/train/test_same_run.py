@@ -49,14 +49,9 @@ def test_two_ranks_of_different_runs_end_in_one_line(tmp_path: Path) -> None:
     data = runs.write_corpus(tmp_path / "corpus")
     port = str(runs.free_port())
     log = tmp_path / "log"
-    ranks = []
-    with open(log, "w") as sink:
-        for rank in range(2):
-            env = runs.environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            flags = [*runs.MODEL, "--steps", "3", *data, "--out", str(tmp_path / "out"), "--seed", str(rank)]
-            ranks.append(runs.subprocess.Popen([sys.executable, "-m", "engine.pretrain", *flags], stdout=sink,
-                                               stderr=sink, env=env, cwd=runs.ROOT))
+    flags = [*runs.MODEL, "--steps", "3", *data, "--out", str(tmp_path / "out"), "--seed"]
+    ranks = [runs.Forked(["-m", "engine.pretrain", *flags, str(rank)], env=runs.environment(**runs.by_hand(rank, 2, port)),
+                         cwd=runs.ROOT, out=log, err=log) for rank in range(2)]
     assert [rank.wait(200) for rank in ranks] == [runs.BAD_INPUT] * 2, log.read_text()
     assert log.read_text().count("rank 1 was started with --seed 1, and rank 0 with --seed 0") == 1
     assert not (tmp_path / "out").exists()
