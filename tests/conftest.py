@@ -33,6 +33,10 @@ TIMEOUT = 120.0
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated, so before anything imports them
 
+# Processes are forked from one that has imported these: the imports take a rank four seconds of a core.
+multiprocessing.set_forkserver_preload(["engine.pretrain", "engine.finetune", "engine.verify", "engine.generate",
+                                        "tokenizers", "sentencepiece"])
+
 
 def _serve(pipe: Connection, rank: int) -> None:
     """A rank process: waits for jobs, each in a process group of its own."""
@@ -71,7 +75,7 @@ class RankPool:
     """Processes that live for the whole session: importing torch eight times a test is what makes such tests slow."""
 
     def __init__(self, folder: Path) -> None:
-        self.context = multiprocessing.get_context("spawn")
+        self.context = multiprocessing.get_context("forkserver")
         self.folder = folder
         self.workers: list[tuple[Any, Connection]] = []
         self.jobs = 0

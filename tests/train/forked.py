@@ -1,7 +1,7 @@
 """Processes of Python that start at once: forks of one that has imported torch and the engine.
 
-A rank that imports them itself needs four seconds of a core before its first step. The fork is a process of its own in
-all that the tests look at: its environment, signals, files, exit code and death.
+tests/conftest.py names what is imported. The fork is a process of its own in all that the tests look at: its
+environment, signals, files, exit code and death.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-PRELOADED = ["engine.pretrain", "engine.finetune", "engine.verify", "engine.generate", "tokenizers", "sentencepiece"]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
 
 
 class Forked:

@@ -182,11 +182,18 @@ def start_ranks(out: Path, flags: Sequence[str], *, world: int = 4, program: Seq
                 env: Mapping[str, str] = {},  # noqa: B006  read only
                 launcher: Callable[[int, int, str], dict[str, str]] = by_hand) -> Run:
     """Starts each rank by itself, as mpirun or srun would: no launcher ends the others when one dies."""
+    return start_program(out, [*program, *flags, "--out", str(out)], world=world, env=env, launcher=launcher)
+
+
+def start_program(out: Path, command: Sequence[str], *, world: int = 4,
+                  env: Mapping[str, str] = {},  # noqa: B006  read only
+                  launcher: Callable[[int, int, str], dict[str, str]] = by_hand) -> Run:
+    """Starts `python COMMAND...` once a rank; what they print goes into one file beside `out`."""
     port = str(free_port())
     log = out.with_name(f"{out.name}-{time.monotonic_ns()}.log")
     log.touch()
-    ranks = [Forked([*program, *flags, "--out", str(out)], env=environment(**launcher(rank, world, port), **env),
-                    cwd=ROOT, out=log, err=log) for rank in range(world)]
+    ranks = [Forked(command, env=environment(**launcher(rank, world, port), **env), cwd=ROOT, out=log, err=log)
+             for rank in range(world)]
     return Run(out, None, ranks, log)
 
 

@@ -50,8 +50,8 @@ def test_two_ranks_of_different_runs_end_in_one_line(tmp_path: Path) -> None:
     port = str(runs.free_port())
     log = tmp_path / "log"
     flags = [*runs.MODEL, "--steps", "3", *data, "--out", str(tmp_path / "out"), "--seed"]
-    ranks = [runs.Forked(["-m", "engine.pretrain", *flags, str(rank)], env=runs.environment(**runs.by_hand(rank, 2, port)),
-                         cwd=runs.ROOT, out=log, err=log) for rank in range(2)]
+    ranks = [runs.Forked(["-m", "engine.pretrain", *flags, str(rank)], cwd=runs.ROOT, out=log, err=log,
+                         env=runs.environment(**runs.by_hand(rank, 2, port))) for rank in range(2)]
     assert [rank.wait(200) for rank in ranks] == [runs.BAD_INPUT] * 2, log.read_text()
     assert log.read_text().count("rank 1 was started with --seed 1, and rank 0 with --seed 0") == 1
     assert not (tmp_path / "out").exists()

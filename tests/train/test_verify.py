@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 from datetime import timedelta
@@ -175,21 +174,26 @@ sys.exit(verify.main(sys.argv[1:]))
 '''
 
 
+def verified(folder: Path, *command: str) -> tuple[list[int | None], list[str]]:
+    """The exit codes of four ranks that verify, and the lines they printed."""
+    run = runs.start_program(folder / "verify", [*command, "--layers", "2"])
+    try:
+        return run.codes(), run.said().splitlines()
+    finally:
+        run.kill()
+
+
 @pytest.mark.slow
 def test_the_command_fails_on_a_fault_and_names_it(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
-               str(tmp_path / "faulty.py"), "--tp", "2", "--layers", "2", "--steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=runs.environment(), cwd=tmp_path, timeout=120)
-    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "differs", done.stdout + done.stderr
-    assert "model.norm.weight of dp copy 1" in done.stdout, done.stdout
+    codes, lines = verified(tmp_path, str(tmp_path / "faulty.py"), "--tp", "2", "--steps", "2")
+    assert codes == [1] * 4 and lines[-1] == "differs", lines
+    assert any("model.norm.weight of dp copy 1" in line for line in lines), lines
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--tp 2 --sequence-parallel --pp 2", "--tp 2 --sequence-parallel --dtype fp32"])
 def test_the_command_compares_a_layout_with_one_process(flags: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m",
-               "engine.verify", *flags.split(), "--layers", "2", "--steps", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, env=runs.environment(), cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "equal" and not list(tmp_path.iterdir())
+    codes, lines = verified(tmp_path, "-m", "engine.verify", *flags.split(), "--steps", "6")
+    assert codes == [0] * 4 and lines[-1] == "equal", lines
+    assert [path.suffix for path in tmp_path.iterdir()] == [".log"], "it writes nothing"
