@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+import runs
 
 from engine.data.chat import CHATML_TEMPLATE, ChatEncoder
 from engine.errors import UserError
@@ -20,7 +22,6 @@ from engine.tokenizer import load_tokenizer
 from engine.tokenizer.train import train
 from engine.tune.rows import Message
 
-ROOT = Path(__file__).resolve().parents[2]
 OWN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
 
@@ -123,8 +124,7 @@ def test_conversion_keeps_every_byte_of_serving(model: Path, tmp_path: Path) -> 
 
 def run(module: str, *flags: str | Path) -> str:
     """Runs an entry point to its end; what it said."""
-    done = subprocess.run([sys.executable, "-m", f"engine.{module}", *map(str, flags)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
+    done = runs.to_the_end("-m", f"engine.{module}", *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,11 @@ def write_base(folder: Path, tokenizer: Path) -> None:
         assets=dict(load_tokenizer(str(tokenizer)).files))
 
 
-def finetune(*flags: str, world: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-    return subprocess.run([sys.executable, *launcher, "-m", "engine.finetune", *flags], capture_output=True, text=True,
-                          timeout=200, env=runs.environment(), cwd=runs.ROOT)
+def finetune(*flags: str) -> str:
+    """Tunes on one process; what it said."""
+    done = runs.to_the_end("-m", "engine.finetune", *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -60,13 +60,11 @@ def test_a_split_and_the_tokens_are_the_same_for_every_layout_and_on_resume(tmp_
             json.dumps({"question": f"say {n} " * (n % 3 + 1), "answer": f"{n} " * (n % 4 + 1)}) + "\n" for n in rows))
     flags = [*TUNE.split(), "--load", str(tmp_path / "base"), "--data", str(tmp_path / "a.jsonl"), "--data",
              str(tmp_path / "b.jsonl")]
-    alone = finetune(*flags, "--out", str(tmp_path / "alone"))
-    assert alone.returncode == 0, alone.stderr
-    assert "20 rows, 0 dropped" in alone.stdout and "held back: 4 rows of --data, 4 read" in alone.stdout
-    two = finetune(*flags, "--out", str(tmp_path / "two"), "--stop-after", "2", world=2)
-    assert two.returncode == 0, two.stderr
-    resumed = finetune("--resume", "--out", str(tmp_path / "two"))
-    assert resumed.returncode == 0, resumed.stderr
+    said = finetune(*flags, "--out", str(tmp_path / "alone"))
+    assert "20 rows, 0 dropped" in said and "held back: 4 rows of --data, 4 read" in said
+    two = runs.start_ranks(tmp_path / "two", [*flags, "--stop-after", "2"], world=2, program=("-m", "engine.finetune"))
+    assert two.codes() == [0, 0], two.said()
+    finetune("--resume", "--out", str(tmp_path / "two"))
     wanted, found = metrics(tmp_path / "alone"), metrics(tmp_path / "two")
     assert [line["step"] for line in wanted if "valid_loss" in line] == [2, 4]
     for ours, theirs in zip(wanted, found, strict=True):
