@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, LeftOut, check_whole, shown
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, LeftOut, check_whole
 from engine.data.wiki import Page, PageFault, Site, article, parse_page, read_pages, read_site
+from engine.errors import shown
 
 _site = lru_cache(maxsize=4)(read_site)
 

@@ -10,10 +10,10 @@ from engine.data.encoding import NO_TEXT as NO_TEXT
 from engine.data.encoding import NOT_OF_ENCODING as NOT_OF_ENCODING
 from engine.data.encoding import decoder as decoder
 from engine.data.encoding import holds_no_text
+from engine.errors import shown
 
 MAX_RECORD_BYTES = 16 << 20  # sentencepiece needs about 50 bytes of memory for each byte of a document
 
-_SHOWN = 80
 _JSON = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string",
          list: "an array", dict: "an object"}
 
@@ -42,12 +42,6 @@ class Fault(NamedTuple):
 
     line: int
     message: str
-
-
-def shown(text: str) -> str:
-    """A word out of a file as a message may have it: not long, on one line, and nothing that a terminal obeys."""
-    cut = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}.."
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
 
 
 def lost_whole(paths: Sequence[str]) -> str:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, check_whole, shown
-from engine.errors import UserError, nearest
+from engine.data.inputs.items import MAX_RECORD_BYTES, BadRecord, Document, Fault, check_whole
+from engine.errors import UserError, nearest, shown
 from engine.signature import described
 
 MARKS = (b"PAR1", b"PARE")

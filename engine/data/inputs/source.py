@@ -16,11 +16,10 @@ from engine.data.encoding import (
     lines_are_bytes,
     marked_encoding,
 )
-from engine.data.inputs.items import shown
 from engine.data.inputs.parquet import check_parquet
 from engine.data.unpack import BROKEN, COMPRESSIONS, NAMES, TooDemanding, broken, open_stream, packed_by
 from engine.data.wiki import dump_head, is_dump, read_site
-from engine.errors import UserError, nearest
+from engine.errors import UserError, nearest, shown
 from engine.signature import described, first_bytes, refuse_pointer, what_it_is
 
 UNFINISHED = (".work", ".partial")
