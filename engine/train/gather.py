@@ -14,7 +14,7 @@ from engine.parallel.heart import Heart, Phase
 from engine.train.job import Job
 from engine.train.launch import Diverged, ended, set_threads
 from engine.train.place import Place
-from engine.train.rendezvous import connect, start_group
+from engine.train.rendezvous import Reported, connect, start_group
 from engine.train.same_run import refuse_another_run
 from engine.train.watch import Limits, Watch
 
@@ -24,7 +24,7 @@ def gathered(job: Job, place: Place, before: Callable[[], None] = lambda: None) 
     """The mesh of this rank, under the watch from before the process group exists until all ranks have come to the end.
 
     `before` runs on every rank once it is watched and known to be of this run. What is raised here, there or inside is
-    told to the other ranks, which then end, and is raised on.
+    told to the other ranks, which then end, and raised on: what all find as `Ended`, a crash under `Reported`.
     """
     set_threads(place.local_world)
     limits = Limits(job.config.runtime.timeout, job.config.runtime.save_timeout)
@@ -55,6 +55,8 @@ def gathered(job: Job, place: Place, before: Callable[[], None] = lambda: None) 
         raise ended(watch.store, place, error) from error
     except BaseException as error:
         watch.report(error)
+        if isinstance(error, Exception):
+            raise Reported from error
         raise
     watch.stop()
     dist.destroy_process_group()

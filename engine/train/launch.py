@@ -18,13 +18,14 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from engine.errors import UserError
+from engine.errors import UserError, shown
 from engine.train.place import Place, place_from_environment
-from engine.train.rendezvous import Ended, NoMeeting, end_run, linger, refuse
+from engine.train.rendezvous import START_SECONDS, Ended, NoMeeting, Reported, end_run, linger, refuse
 
 BAD_INPUT, CRASHED, INTERRUPTED = 2, 1, 130
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -66,12 +67,24 @@ def run_rank(body: Callable[[Place], int], *, alone: bool = False) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return _leave(INTERRUPTED)
     except Exception as error:
-        details = without_frames(traceback.format_exc())
-        tell_launcher(f"{type(error).__name__}: {error}", details)
         if place.world == 1:
+            tell_launcher(f"{type(error).__name__}: {error}", without_frames(traceback.format_exc()))
             raise
-        print(details, end="", file=sys.stderr, flush=True)
-        os._exit(CRASHED)  # a peer may hang in a collective with us: no orderly shutdown is to be had
+        _crash(place, error)
+
+
+def _crash(place: Place, error: Exception) -> NoReturn:
+    """Shows what a rank has crashed of, and ends its process."""
+    told = isinstance(error, Reported)
+    cause = error.__cause__ if told else error
+    assert cause is not None
+    details = without_frames("".join(traceback.format_exception(cause)))
+    tell_launcher(f"{type(cause).__name__}: {cause}", details)
+    print(details, end="", file=sys.stderr, flush=True)
+    if not told:  # before the ranks have met: nobody watches over this one yet
+        said = shown(str(cause).partition("\n")[0], 1000)
+        refuse(place, CRASHED, f"rank {place.rank} failed: {type(cause).__name__}: {said}", patience=START_SECONDS)
+    os._exit(CRASHED)  # a peer may hang in a collective with us: no orderly shutdown is to be had
 
 
 def ended(store: dist.Store, place: Place, error: UserError | Diverged) -> Ended:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -28,12 +29,18 @@ NAME_SECONDS = 30.0
 """How long a host may be unknown: a cluster's names appear when its machines do."""
 LINGER_SECONDS = 10.0
 """How long a rank that ends the run waits for the others to know, or for rank 0 to open the store."""
-FAILED, TOLD = "failed", "told"
-"""Keys of the store: `code rank line` of the first rank that has ended the run, and how many ranks know of it."""
+START_SECONDS = 20.0
+"""How old a process is when ranks that were started with it have come to the store, or will hardly come any more."""
+RUN, FAILED, AWARE = "triax/run", "failed", "aware"
+"""Keys of the store: whose it is, `code rank line` of the first rank that has ended the run, and who knows of it."""
 
 
 class NoMeeting(UserError):
     """The ranks cannot meet, so that none can tell the others why."""
+
+
+class Reported(Exception):
+    """A rank has crashed, for the reason that this is raised from, and the others have been told."""
 
 
 class Ended(Exception):
@@ -63,45 +70,94 @@ def end_run(store: dist.Store, rank: int, code: int, line: str) -> bool:
     """Writes down how the run ends, unless that stands there already; returns whether this rank is the first."""
     own = f"{code} {rank} {line}"
     first = store.compare_set(FAILED, "", own).decode() == own
-    store.add(TOLD, 1)
+    be_aware(store, rank)
     return first
 
 
-def linger(store: dist.Store, world: int) -> None:
-    """Waits until every rank knows how the run ends: a launcher kills the others as soon as one is gone, and the store
-    goes with rank 0. In a thread: a store that freezes now would hold this rank for good."""
-    deadline = time.monotonic() + LINGER_SECONDS
+def be_aware(store: dist.Store, rank: int) -> None:
+    """Writes down that a rank knows how the run ends."""
+    store.append(AWARE, f"{rank};")  # type: ignore[attr-defined]  # torch's stub of `Store` lacks it
+
+
+def linger(store: dist.Store, world: int, seconds: float = LINGER_SECONDS,
+           gone: Callable[[], set[int]] = lambda: set()) -> None:
+    """Returns when all ranks know how the run ends, or are `gone`: a launcher kills the others as soon as one has left,
+    and the store leaves with rank 0. Those that have come are waited for so many seconds; one that has not come is
+    waited for while this process is young, since it may still be starting.
+
+    In a thread: a store that freezes now would hold this rank for good."""
+    began = time.monotonic()
+    most_for_late = min(START_SECONDS, START_SECONDS - _age())
 
     def wait() -> None:
         with suppress(RuntimeError):
-            while store.add(TOLD, 0) < world and time.monotonic() < deadline:
+            while True:
+                aware = {int(rank) for rank in store.get(AWARE).decode().split(";")[:-1]}
+                missing = set(range(world)) - aware - gone()
+                late = {rank for rank in missing if not store.check([f"seat/{rank}"])}
+                passed = time.monotonic() - began
+                if not (missing - late and passed < seconds) and not (late and passed < most_for_late):
+                    return
                 time.sleep(0.05)
 
     thread = threading.Thread(target=wait, daemon=True, name="linger")
     thread.start()
-    thread.join(LINGER_SECONDS + 1)
+    thread.join(max(seconds, most_for_late) + 1)
+
+
+def _age() -> float:
+    """Seconds since this process was started; 0 where the system does not tell."""
+    with suppress(OSError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def connect(place: Place, timeout: float, *, open_store: bool = True) -> dist.Store:
     """The store where ranks meet: torchrun's own, or one that rank 0 opens. `open_store` is for a rank's first
     connection, which opens the store and takes the rank's seat. Raises NoMeeting, within `timeout` seconds, for an
-    unknown host, a taken port, a store that is not there and a seat that is taken."""
+    unknown host, a taken port, a store that is not there or another run's, and a seat that is taken."""
     serves = open_store and place.rank == 0 and not place.agent
     _resolve(place, min(timeout, NAME_SECONDS))
     limit = timedelta(seconds=timeout)
     if serves:
         store = _serve(place, limit)
+        store.set(RUN, _own(place))
         _reach(place, min(timeout, LINGER_SECONDS), "is MASTER_ADDR the address of this machine, where rank 0 runs?")
     else:
         if not place.agent:
             _reach(place, timeout, "was rank 0 started, and is MASTER_ADDR its machine?")
         store = _within(timeout, place, lambda: dist.TCPStore(place.host, place.port, is_master=False,
                                                               wait_for_workers=False, timeout=limit))
+    if not place.agent:
+        _refuse_foreign(store, place, timeout)
     mine = dist.PrefixStore(f"triax/{place.job}/{place.world}", store)
     if open_store and _within(timeout, place, lambda: mine.add(f"seat/{place.rank}", 1)) > 1:
         raise NoMeeting(f"another rank {place.rank} meets at {place.host} port {place.port}: is another run using it? "
                         "Set another MASTER_PORT")
     return mine
+
+
+def _own(place: Place) -> str:
+    """What tells runs apart that meet at one port."""
+    return f"{place.world} {place.job}"
+
+
+def _refuse_foreign(store: dist.Store, place: Place, timeout: float) -> None:
+    """Raises NoMeeting where the store is another run's: its ranks would never come to this one's meeting."""
+    limit = min(timeout / 2, LINGER_SECONDS)
+
+    def ask() -> str:
+        store.wait([RUN], timedelta(seconds=limit))  # a store without it is no run's of ours
+        return store.get(RUN).decode()
+
+    found = _within(timeout, place, ask)
+    if found != _own(place):
+        world, _, job = found.partition(" ")
+        whose = (f"of {shown(world)} ranks, and this one has {place.world}" if world != str(place.world) else
+                 f"of job {shown(job)!r}, and this one is {place.job!r}")
+        raise NoMeeting(f"what answers at {shown(place.host)} port {place.port} is rank 0 of another run, {whose}; set "
+                        "another MASTER_PORT")
 
 
 def _within(limit: float, place: Place, talk: Callable[[], T]) -> T:

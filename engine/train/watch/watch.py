@@ -26,18 +26,15 @@ import torch.distributed as dist
 from engine.errors import shown
 from engine.parallel.heart import Heart, Phase
 from engine.train.launch import tell_launcher
-from engine.train.rendezvous import FAILED, TOLD
+from engine.train.rendezvous import AWARE, FAILED, be_aware, linger
 from engine.train.watch.guard import Guard
 from engine.train.watch.processes import Process, Processes, machine
 from engine.train.watch.pulse import NOBODY, Finding, Limits, Pulse, Stillness, Table, hanging, verdict
 
 POLL = 0.5
 """Seconds between two looks."""
-AWARE = "aware"
-"""Key of the store: the ranks that know why the run ends."""
-LINGER, LINGER_AT_START = 3.0, 20.0
-"""Seconds for which the rank that serves the store keeps it, so that the others, also those that still start, learn why
-the run ends."""
+LINGER = 3.0
+"""Seconds for which the rank that serves the store keeps it, so that the others learn why the run ends."""
 
 
 class Watch(threading.Thread):
@@ -210,7 +207,7 @@ class Watch(threading.Thread):
         tell_launcher(found.text)
         if found.in_order:
             with suppress(RuntimeError, OSError):
-                self.store.add(TOLD, 1)
+                be_aware(self.store, self.rank)
             os._exit(found.code)  # the rank that ended the run has said why
         if found.rank == self.rank:
             with suppress(RuntimeError, ValueError, OSError, AttributeError):
@@ -223,16 +220,13 @@ class Watch(threading.Thread):
 
     def _linger(self) -> None:
         """Writes this rank down among those that know; the one that serves the store waits for the others."""
-        self.store.append(AWARE, f"{self.rank};")  # type: ignore[attr-defined]
-        if not self.serves:
-            return
-        deadline = time.monotonic() + (LINGER_AT_START if None in self._all_pulses() else LINGER)
-        while time.monotonic() < deadline:
-            told = {int(rank) for rank in self.store.get(AWARE).decode().split(";")[:-1]}
-            gone = {rank for rank, process in list(self.processes.known.items()) if not process.alive}
-            if len(told | gone) == self.world:
-                return
-            time.sleep(POLL / 5)
+        be_aware(self.store, self.rank)
+        if self.serves:
+            linger(self.store, self.world, LINGER, self._gone)
+
+    def _gone(self) -> set[int]:
+        """The ranks of this machine whose processes have ended."""
+        return {rank for rank, process in list(self.processes.known.items()) if not process.alive}
 
 
 def _is_collective(error: BaseException) -> bool:
