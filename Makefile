@@ -14,7 +14,7 @@ SEES_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())
 NO_GPU = echo "make $@: no torch that sees a CUDA GPU here, nothing was run"
 JOBS ?= 2
 # A file's tests stay in one process: they share what its fixtures make.
-BESIDE := -n $(JOBS) --dist loadfile
+BESIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NAMED := $(if $(ONLY),--only $(ONLY))
 
 help:  ## this list
