@@ -20,7 +20,7 @@ from engine.hf import Origin, TokenIds, config_to_hf, read_origin, token_ids
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
 from engine.plan import Plan, available_memory, estimate, require_memory
 from engine.tokenizer import Tokenizer, is_tokenizer, load_tokenizer, tokenizer_files
-from engine.tokenizer.extend import extends
+from engine.tokenizer.extend import why_no_extension
 from engine.train.engine import DTYPES
 from engine.train.launch import choose_device
 from engine.train.lock import check_lock
@@ -156,13 +156,16 @@ def _tokenizer(values: Values, weights: Resolved | None, resume: Path | None, no
     # Checkpoints once kept no tokenizer but of two kinds; its hash they have all told.
     known = saved.hash if saved is not None else open_checkpoint(resume).meta.get("tokenizer") if resume else None
     if isinstance(known, str) and asked.hash != known:
-        if resume is None and saved is not None and extends(asked, saved):
-            notes.append(f"--tokenizer {shown(path)} takes the place of the one in {shown(folder)}: the same "
-                         f"{saved.vocab_size:,} pieces and {asked.vocab_size - saved.vocab_size:,} more")
-            return asked
-        raise UserError(f"--tokenizer {shown(path)} is not the one that {shown(folder)} was trained with (sha256 "
-                        f"{asked.hash[:12]} and {known[:12]}){', nor that one with pieces added' * (not resume)}; "
-                        "leave the flag out")
+        other = f"--tokenizer {shown(path)} is not the one that {shown(folder)} was trained with"
+        if resume is not None or saved is None:
+            raise UserError(f"{other} (sha256 {asked.hash[:12]} and {known[:12]}); leave the flag out")
+        reason = why_no_extension(asked, saved)
+        if reason is not None:
+            raise UserError(f"{other}, nor that one with pieces added: {reason}; give one that keeps all that the "
+                            "model knows, or leave the flag out")
+        notes.append(f"--tokenizer {shown(path)} takes the place of the one in {shown(folder)}: the same "
+                     f"{saved.vocab_size:,} pieces and {asked.vocab_size - saved.vocab_size:,} more")
+        return asked
     # A file by itself brings no settings and no chat template; the saved folder has those that belong to it.
     return saved if saved is not None and Path(path).is_file() else asked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from engine.hf.config import FAMILIES
 from engine.hf.convert import convert
 from engine.model.shapes import logical_shapes
 from engine.tokenizer import load_tokenizer
-from engine.tokenizer.extend import extends
+from engine.tokenizer.extend import why_no_extension
 from engine.tokenizer.train import train as train_tokenizer
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 20
@@ -129,11 +130,22 @@ def test_only_a_vocabulary_with_the_same_pieces_takes_the_place_of_the_models(
         capsys: pytest.CaptureFixture[str], folder: Path, extended: Path, trained: Path, data: list[str]) -> None:
     small, large = (load_tokenizer(str(path)) for path in (folder / "small", extended))
     assert (small.vocab_size, large.vocab_size) == (ROWS, PIECES)
-    assert extends(large, small) and not extends(small, large)
+    assert why_no_extension(large, small) is None
+    assert why_no_extension(small, large) == f"it has {ROWS} pieces, and that one {PIECES}"
     train_tokenizer(lambda: iter([*TEXT, "zebra quartz vexing jumps"] * 3), folder / "other", vocab_size=320)
-    assert not extends(load_tokenizer(str(folder / "other")), small)
+    assert str(why_no_extension(load_tokenizer(str(folder / "other")), small)).startswith("id ")
     line = said(capsys, "--load", trained, *data, "--tokenizer", folder / "other", "--vocab-size", "320")
-    assert "nor that one with pieces added; leave the flag out" in line
+    assert re.search("nor that one with pieces added: id [0-9]+ is [0-9]+ '.*', and was [0-9]+ '", line)
+
+
+def test_added_pieces_that_take_over_a_role_are_refused_by_the_role(
+        capsys: pytest.CaptureFixture[str], tmp_path: Path, trained: Path, extended: Path, data: list[str]) -> None:
+    shutil.copytree(extended, tmp_path / "roles")
+    file = tmp_path / "roles" / "tokenizer_config.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, "eos_token": "<|x|>"}))
+    line = said(capsys, "--load", trained, *data, "--tokenizer", tmp_path / "roles", "--vocab-size", str(PIECES))
+    assert f"nor that one with pieces added: its eos is {PIECES - 1} '<|x|>', and was 2 '</s>'; give one" in line
 
 
 @pytest.mark.slow
