@@ -448,6 +448,15 @@ def test_parquet_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert '2 columns are named "text"' in faults(path)[0].message
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_a_text_that_is_there_twice_is_a_fault_and_not_the_last_of_both(tmp_path: Path, ending: str) -> None:
+    rows = ['{"text": "lost", "id": 1, "text": "kept"}', '{"id": 1, "id": 2, "text": "b", "c": {"text": 1, "text": 2}}']
+    content = f"[{', '.join(rows)}]" if ending == ".json" else "\n".join(rows)
+    path = put(tmp_path / f"a{ending}", content)
+    found = read(find_sources([str(path)])[0], ReadOptions())
+    assert found == [Fault(1, 'the key "text" is there twice'), Document(1 if ending == ".json" else 2, "b")]
+
+
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
 def test_every_kind_of_text_column_is_read(tmp_path: Path, kind: str) -> None:
     arrow = pytest.importorskip("pyarrow")

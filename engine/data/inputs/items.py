@@ -22,6 +22,25 @@ class BadRecord(Exception):
     """One record that cannot be used; the message says why, without file and line."""
 
 
+class Twice:
+    """Stands for the values of a key that an object has more than once."""
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. A key that is there twice has Twice as its value: json itself would keep the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                found[key] = Twice()
+            seen.add(key)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=object_of)
+
+
 class Document(NamedTuple):
     """A document's text, and the line (from 1) it starts at, counted from the span's start; in parquet the row in the
     file, in a dump 0."""
@@ -79,7 +98,7 @@ def text_of_line(line: str, json_key: str) -> str | None:
     if not line or line.isspace():
         return None
     try:
-        row = json.loads(line)
+        row = _DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not JSON: {error}") from None
     if isinstance(row, list):
@@ -95,6 +114,8 @@ def text_of_row(row: Any, json_key: str) -> str:
         keys = ", ".join(map(shown, list(row)[:8])) or "no keys"
         raise BadRecord(f'no "{json_key}"; the row has {keys} (choose with --json-key)')
     value = row[json_key]
+    if isinstance(value, Twice):
+        raise BadRecord(f'the key "{json_key}" is there twice')
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n".join(value)
     if not isinstance(value, str):

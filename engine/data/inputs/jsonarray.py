@@ -15,6 +15,7 @@ from engine.data.inputs.items import (
     Document,
     Fault,
     decoder,
+    object_of,
     text_of_row,
 )
 
@@ -23,7 +24,7 @@ _READ = 1 << 16
 _LONGEST_WORD = 16
 """Characters of "-Infinity" or an escape, which may be cut at the end of what has been read; and a few more."""
 _OPEN_STRING = "Unterminated string"
-LENIENT = json.JSONDecoder(parse_int=float)
+LENIENT = json.JSONDecoder(parse_int=float, object_pairs_hook=object_of)
 """int refuses more digits than a few thousand."""
 
 
