@@ -64,19 +64,28 @@ def difference(then: Any, now: Fingerprint) -> str | None:
     """What is different in what a run reads now, in words; None when nothing is. Another path is no difference, nor is
     what only one of them tells. `then` may be anything, as it comes from a file."""
     if not isinstance(then, list) or not all(isinstance(one, dict) for one in then):
-        return f"what it was trained on is told as {str(then)[:80]}, which is no list of corpora"
+        return f"what it was trained on is told as {shown(then, 80)}, which is no list of corpora"
     if len(then) != len(now):
         return f"it was trained on {_paths(then)}, not on {_paths(now)}"
     for old, new in zip(then, now, strict=True):
-        for name, value in new.items():
-            if name != "path" and None not in (value, old.get(name)) and value != old[name]:
-                return (f"it was trained on {_paths([old])} with {name} {str(old[name])[:40]}, and {new['path']} has "
-                        f"{name} {value}")
+        both = [name for name, value in new.items() if name != "path" and None not in (value, old.get(name))]
+        if not both:  # a corpus and rows: no number of the one stands for anything of the other
+            return f"it was trained on {_paths([old])}, {_kind(old)}, and {shown(new['path'])} is {_kind(new)}"
+        for name in both:
+            if new[name] != old[name]:
+                return (f"it was trained on {_paths([old])} with {name} {shown(old[name], 40)}, and "
+                        f"{shown(new['path'])} has {name} {new[name]}")
     return None
 
 
+def _kind(one: Mapping[str, Any]) -> str:
+    if "tokens" in one:
+        return "a corpus of token ids"
+    return "a file of rows" if "bytes" in one else "of which nothing else is told"
+
+
 def _paths(found: Fingerprint) -> str:
-    return " and ".join(str(one.get("path"))[:200] for one in found[:8])
+    return " and ".join(shown(one.get("path")) for one in found[:8])
 
 
 def _crc_of_ends(path: Path) -> int:
