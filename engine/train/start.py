@@ -130,5 +130,5 @@ def same_data(data: Fingerprint, start: Start) -> None:
     then = start.checkpoint.meta.get("data")
     differs = difference(then, data) if then is not None else None  # checkpoints once told nothing
     if differs is not None:
-        raise UserError(f"{shown(start.resume)} goes on with other data: {differs}; give --data as it was, or --new-data "
-                        "to go on with these")
+        raise UserError(f"{shown(start.resume)} goes on with other data: {differs}; give --data as it was, or "
+                        "--new-data to go on with these")
