@@ -41,12 +41,16 @@ class Command(argparse.ArgumentParser):
         found, rest = self.parse_known_args(argv)
         if rest:
             raise UserError(f"unexpected argument {shown(rest[0], 80)!r}; --help lists the flags")
-        for action in self._actions:
-            value = getattr(found, action.dest, None)
-            # Most often an unset variable of a shell. A default that is empty says that empty means something.
-            if action.option_strings and value == "" and action.default != "" and action.type is not given_text:
-                raise UserError(f"{action.option_strings[0]} is empty; give a value, or leave the flag out")
         return found
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # Most often an unset variable of a shell. Looked at before it is converted: the path "" is the folder one is
+        # in. A default that is empty says that empty means something.
+        if arg_string == "" and action.default != "" and action.type is not given_text:
+            if not action.option_strings:
+                raise UserError(f"{action.metavar or action.dest} is empty; give a value")
+            raise UserError(f"{action.option_strings[0]} is empty; give a value, or leave the flag out")
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,6 @@ def test_every_word_of_a_tool_leads_to_a_flag_that_it_has(program: str, monkeypa
 
 def help_of(program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What the program's own --help prints."""
-    from importlib import import_module
-
     module = generate if program == "engine.generate" else import_module(f"tools.{program.removesuffix('.py')}")
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -132,6 +131,22 @@ def test_a_prompt_that_looks_like_a_flag_is_a_prompt() -> None:
     assert generate.parse(["--load", "x", "--prompt=--lora"]).prompt == "--lora"
     assert generate.parse(["--load", "x", "--prompt", "--what is this?"]).prompt == "--what is this?"
     assert generate.parse(["--load", "x", "--prompt", ""]).prompt == "", "an empty prompt begins a document"
+
+
+@pytest.mark.parametrize(("program", "argv", "word"), [
+    ("convert_ckpt.py", ["--load=", "--save", "x"], "--load"),  # the path "" would be the folder one is in
+    ("convert_ckpt.py", ["--load", "x", "--save", ""], "--save"),
+    ("merge_datasets.py", ["--input", "x", "", "--output-prefix", "y"], "--input"),
+    ("preprocess_data.py", ["--input", "", "--tokenizer", "x", "--output-prefix", "y"], "--input"),
+    ("train_tokenizer.py", ["--input", "x", "--output", "y", "--vocab-size", ""], "--vocab-size"),
+    ("inspect_data.py", [""], "P"),
+])
+def test_an_empty_value_is_refused_before_it_means_anything(program: str, argv: list[str], word: str,
+                                                            tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = import_module(f"tools.{program.removesuffix('.py')}")
+    with pytest.raises(UserError, match=f"^{word} is empty; give a value"):
+        module.main(argv)
 
 
 def test_no_short_form_stands_for_a_flag() -> None:
