@@ -2,7 +2,7 @@
 
 import sys
 
-from engine.errors import end_quietly
+from engine.quiet import end_quietly
 
 __version__ = "0.1.0"
 

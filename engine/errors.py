@@ -51,13 +51,6 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
     return lower[found[0]] if found else None
 
 
-def end_quietly() -> None:
-    """Until `run_cli` is called, Ctrl-C ends the process without a traceback: imports take seconds. Where SIGINT is
-    ignored (nohup, a shell's background), it stays ignored."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class _Output(io.TextIOWrapper):
     """Standard output. Whoever prints may be writing a file too: a full disk here must not be taken for one there."""
 
@@ -119,7 +112,7 @@ def run_cli(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs a tool's `main(argv)` and exits with its code. A UserError, a file that cannot be used and a full disk
     become one line `error: ...` and exit code 2; Ctrl-C becomes 130."""
     replace_unprintable()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see end_quietly
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see engine/quiet.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(guarded(lambda: main(sys.argv[1:])))
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, end_quietly, run_cli  # noqa: E402
+from engine.quiet import end_quietly  # noqa: E402
 
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
 
 from engine.checkpoint import DTYPES  # noqa: E402
 from engine.config.command import Command, real  # noqa: E402
+from engine.errors import UserError, run_cli  # noqa: E402
 from engine.hf.convert import convert  # noqa: E402
 from engine.hf.verify import verify  # noqa: E402
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import end_quietly, run_cli  # noqa: E402
+from engine.quiet import end_quietly  # noqa: E402
 
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
@@ -15,6 +15,7 @@ if __name__ == "__main__":
 from engine.config.command import Command, whole  # noqa: E402
 from engine.data.indexed import bare_prefix  # noqa: E402
 from engine.data.overview import overview, show_document, verify  # noqa: E402
+from engine.errors import run_cli  # noqa: E402
 from engine.tokenizer import load_tokenizer  # noqa: E402
 
 

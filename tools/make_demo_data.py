@@ -7,13 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import end_quietly, run_cli  # noqa: E402
+from engine.quiet import end_quietly  # noqa: E402
 
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
 
 from engine.config.command import Command, real  # noqa: E402
 from engine.data.demo import make_demo  # noqa: E402
+from engine.errors import run_cli  # noqa: E402
 
 
 def main(argv: list[str]) -> int:

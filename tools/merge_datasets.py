@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import end_quietly, run_cli, shown  # noqa: E402
+from engine.quiet import end_quietly  # noqa: E402
 
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
@@ -15,6 +15,7 @@ if __name__ == "__main__":
 from engine.config.command import Command  # noqa: E402
 from engine.data.combine import combine  # noqa: E402
 from engine.data.indexed import bare_prefix, output_prefix  # noqa: E402
+from engine.errors import run_cli, shown  # noqa: E402
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, end_quietly, run_cli  # noqa: E402
+from engine.quiet import end_quietly  # noqa: E402
 
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
@@ -21,6 +21,7 @@ from engine.config.command import Command, whole  # noqa: E402
 from engine.data.indexed import output_prefix  # noqa: E402
 from engine.data.inputs import SPLITS, lost_whole  # noqa: E402
 from engine.data.preprocess import DEFAULT_SEED, HOW_TO_GET_ONE, Counts, Settings, preprocess  # noqa: E402
+from engine.errors import UserError, run_cli  # noqa: E402
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

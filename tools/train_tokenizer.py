@@ -11,13 +11,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, end_quietly, run_cli  # noqa: E402
+from engine.quiet import end_quietly  # noqa: E402
 
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
 
 from engine.config.command import Command, given_text, whole  # noqa: E402
 from engine.data.inputs import SPLITS, find_sources, lost_whole  # noqa: E402
+from engine.errors import UserError, run_cli  # noqa: E402
 from engine.tokenizer.sample import DEFAULT_SEED, SAMPLE_BYTES, Sample, SampleSettings, draw_sample  # noqa: E402
 from engine.tokenizer.train import MODELS, SPECIAL, TrainReport, check_request, train  # noqa: E402
 from engine.tokenizer.train_output import ABOUT, check_output  # noqa: E402
