@@ -22,6 +22,7 @@ from engine.kernels.dispatch import choose
 from engine.model import Decoder, Parts
 from engine.model.cache import LayerCache
 from engine.model.shapes import logical_shapes
+from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.sharding import pieces, shard_of
 from engine.sampling import check_sampling, sample
 from engine.tokenizer import Tokenizer, load_tokenizer
@@ -84,7 +85,8 @@ def _tokens(
     for _ in range(max_tokens):
         with torch.inference_mode():  # not around the yield: it would leak into the caller's code
             x = torch.tensor([fed], device=model.parts.device)  # [1, new tokens]
-            last = model(x, position=position, caches=caches)[:, -1:]  # the head runs for one position, not for all
+            y = model(x, MicroBatch.of(x, first=position), caches)
+            last = y[:, -1:]  # the head runs for one position, not for all
             token = draw(model.logits(last)[0, -1])
         if token in stop:
             return

@@ -10,6 +10,7 @@ from engine.kernels.rope import rope_split
 from engine.model.cache import LayerCache
 from engine.model.parts import Parts, RMSNorm
 from engine.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.sharding import Member, split_rows
 
 Rope = tuple[torch.Tensor, ...] | None
@@ -35,8 +36,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(f"{name}.q_norm", config.head_dim, parts, partial=True) if config.qk_norm else None
         self.k_norm = RMSNorm(f"{name}.k_norm", config.head_dim, parts, partial=True) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, rope: Rope, cache: LayerCache | None = None,
-                documents: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, micro: MicroBatch, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
         qkv = self.qkv(x)
         batch, seq, _ = qkv.shape
         qkv = qkv.view(batch, seq, -1, self.head_dim)  # [batch, seq, (heads + 2 kv_heads) / tp, head_dim]
@@ -50,7 +50,8 @@ class Attention(nn.Module):
             q, k, v = qkv.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attention(q, k, v, cumulative=documents, by=self.kernels.attention)  # [batch, heads/tp, seq, head_dim]
+        y = attention(  # [batch, heads/tp, seq, head_dim]
+            q, k, v, cumulative=micro.documents, by=self.kernels.attention)
         return self.out(y.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]
 
 

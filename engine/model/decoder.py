@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +16,7 @@ from engine.model.cache import LayerCache
 from engine.model.mlp import MLP
 from engine.model.parts import Norm, Parts, add_and_norm, make_norm
 from engine.parallel.layers import VocabParallelEmbedding, VocabParallelHead, vocab_parameter
+from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.sharding import Shard, make_parameter, whole
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -37,19 +39,19 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(f"{name}.post_attention_layernorm", parts)
         self.mlp = MLP(f"{name}.mlp", parts)
 
-    def forward(self, x: torch.Tensor, branch: torch.Tensor | None, rope: Rope,
-                cache: LayerCache | None = None, documents: torch.Tensor | None = None) -> Residual:
+    def forward(self, x: torch.Tensor, branch: torch.Tensor | None, micro: MicroBatch, rope: Rope,
+                cache: LayerCache | None = None) -> Residual:
         if self.recompute and torch.is_grad_enabled():
             # The sum is made here, so that one tensor a block is kept and not two.
-            return cast(Residual, checkpoint(self.run, sum_of(x, branch), None, rope, None, documents,
+            return cast(Residual, checkpoint(self.run, sum_of(x, branch), None, micro, rope,
                                              use_reentrant=False, preserve_rng_state=False))
-        return self.run(x, branch, rope, cache, documents)
+        return self.run(x, branch, micro, rope, cache)
 
-    def run(self, x: torch.Tensor, branch: torch.Tensor | None, rope: Rope,
-            cache: LayerCache | None = None, documents: torch.Tensor | None = None) -> Residual:
+    def run(self, x: torch.Tensor, branch: torch.Tensor | None, micro: MicroBatch, rope: Rope,
+            cache: LayerCache | None = None) -> Residual:
         """The block itself; with --recompute, what the backward pass runs again."""
         y, x = add_and_norm(self.attention_norm, x, branch)
-        y, x = add_and_norm(self.mlp_norm, x, self.attention(y, rope, cache, documents))
+        y, x = add_and_norm(self.mlp_norm, x, self.attention(y, micro, rope, cache))
         return x, self.mlp(y)
 
 
@@ -74,11 +76,11 @@ class Embedding(nn.Module):
             self.positions = make_parameter(shape, Shard((member,), std=parts.config.init_std), parts.dtype,
                                             parts.device)
 
-    def forward(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x = self.tokens(ids)  # [batch, seq or seq/tp, hidden]
         if self.positions is not None:
-            first = position + (self.tp.rank * x.shape[1] if self.tp.sequence else 0)
-            x = x + self.positions[first : first + x.shape[1]]
+            first = self.tp.rank * x.shape[1] if self.tp.sequence else 0
+            x = x + F.embedding(positions[first : first + x.shape[1]], self.positions)
         return cast(torch.Tensor, x)
 
 
@@ -87,8 +89,8 @@ class Decoder(nn.Module):
 
     Forward: token ids [batch, seq] on the first stage, activations [batch, seq or seq/tp, hidden] on the others; gives
     activations, normed for the head on the last stage. There `loss` makes losses and gradients of them, in one go and
-    without ever holding all the logits, and `logits` the logits. `documents` [documents + 1]: the cumulative lengths,
-    over the batch's flattened tokens, of the documents that attention keeps within.
+    without ever holding all the logits, and `logits` the logits. `micro` says what the micro-batch is; without it, on
+    the first stage, the token ids are all there is to say.
     """
 
     def __init__(self, parts: Parts, layers: Sequence[int], *, first: bool = True, last: bool = True) -> None:
@@ -114,17 +116,15 @@ class Decoder(nn.Module):
             tp=parts.tp, tied=parts.config.tied and not alone, uses=2 if parts.config.tied and alone else 1,
             primary=primary, dtype=parts.dtype, device=parts.device)
 
-    def forward(self, x: torch.Tensor, *, position: int = 0,
-                caches: Sequence[LayerCache] | None = None, documents: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, micro: MicroBatch | None = None,
+                caches: Sequence[LayerCache] | None = None) -> torch.Tensor:
+        micro = micro or MicroBatch.of(x)
         if self.embedding is not None:
-            seq = x.shape[1]
-            x = self.embedding(x, position)
-        else:
-            seq = x.shape[1] * (self.parts.tp.size if self.parts.tp.sequence else 1)
-        rope = self._rope(position, seq)
+            x = self.embedding(x, micro.positions)
+        rope = self._rope(micro.positions)
         branch: torch.Tensor | None = None
         for i, block in enumerate(self.blocks):
-            x, branch = block(x, branch, rope, caches[i] if caches is not None else None, documents)
+            x, branch = block(x, branch, micro, rope, caches[i] if caches is not None else None)
         return sum_of(x, branch) if self.norm is None else add_and_norm(self.norm, x, branch)[0]
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -145,11 +145,10 @@ class Decoder(nn.Module):
         assert self.head is not None
         return self.head.loss(x, labels, None)[0]
 
-    def _rope(self, position: int, seq: int) -> Rope:
+    def _rope(self, positions: torch.Tensor) -> Rope:
         config = self.parts.config
         if config.family == "gpt2":
             return None
-        positions = torch.arange(position, position + seq, device=self.parts.device)
         return rope_table(positions, config.head_dim, config.rope_theta, self.parts.dtype)
 
     def boundary(self, batch: int, seq: int) -> torch.Tensor:

@@ -18,14 +18,11 @@ import torch.distributed as dist
 from engine.mesh import Mesh
 from engine.parallel.buckets import GradientBuckets
 from engine.parallel.heart import Phase, Waited
+from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.schedule import Action, Kind, build_schedule, forward_only, stage_of
 
 Message = tuple[Kind, int, int]
 """(kind, micro-batch, global stage it is for)."""
-
-
-Documents = Sequence[torch.Tensor] | None
-"""For each micro-batch the cumulative lengths of its documents, int32 [documents + 1]."""
 
 
 class Stage(Protocol):
@@ -33,8 +30,8 @@ class Stage(Protocol):
 
     last: bool
 
-    def __call__(self, x: torch.Tensor, *, documents: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids or activations -> activations; `documents`: the cumulative lengths attention keeps within."""
+    def __call__(self, x: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+        """Token ids or activations of a micro-batch -> activations."""
         ...
 
     def loss(self, x: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,45 +96,41 @@ class Executor:
         self.schedule = lru_cache(8)(lambda micros: build_schedule(schedule, self.stages, virtual, micros)[mesh.pp])
         self.forward_schedule = lru_cache(8)(lambda micros: forward_only(self.stages, virtual, micros)[mesh.pp])
 
-    def train(self, tokens: torch.Tensor, labels: torch.Tensor, micro_batch: int, total: int,
-              documents: Documents = None) -> torch.Tensor:
+    def train(self, micros: Sequence[MicroBatch], total: int) -> torch.Tensor:
         """Forward and backward of a step; gradients are left, summed over dp, in the buckets.
 
-        tokens, labels [sequences, seq]. The loss is divided by `total`, the supervised tokens of the global batch.
+        The loss is divided by `total`, the supervised tokens of the global batch.
         Returns the sum of this rank's token losses (0 but on the last stage), on the device, without gradient.
         """
         for chunk in self.chunks:
             assert chunk.buckets is not None
             chunk.buckets.start_step()
-        run = _Run(self, tokens.split(micro_batch), labels.split(micro_batch), total, documents)
-        run.execute(self.schedule(len(run.tokens)))
+        run = _Run(self, micros, total)
+        run.execute(self.schedule(len(micros)))
         for chunk in self.chunks:
             assert chunk.buckets is not None
             chunk.buckets.finish()
         return run.loss
 
     @torch.no_grad()
-    def evaluate(self, tokens: torch.Tensor, labels: torch.Tensor, micro_batch: int,
-                 documents: Documents = None) -> torch.Tensor:
+    def evaluate(self, micros: Sequence[MicroBatch]) -> torch.Tensor:
         """The sum of this rank's token losses (0 but on the last stage), forward only."""
-        run = _Run(self, tokens.split(micro_batch), labels.split(micro_batch), 1, documents)
-        run.execute(self.forward_schedule(len(run.tokens)))
+        run = _Run(self, micros, 1)
+        run.execute(self.forward_schedule(len(micros)))
         return run.loss
 
 
 class _Run:
     """The state of one step: activations alive, messages under way, the loss so far."""
 
-    def __init__(self, executor: Executor, tokens: Sequence[torch.Tensor], labels: Sequence[torch.Tensor],
-                 total: int, documents: Documents) -> None:
+    def __init__(self, executor: Executor, micros: Sequence[MicroBatch], total: int) -> None:
         self.executor = executor
-        self.documents = documents
-        self.tokens, self.labels = tokens, labels
+        self.micros = micros
         self.total = total
         self.traffic = _Traffic(in_flight=executor.last_stage + 2)
         self.inputs: dict[tuple[int, int], torch.Tensor] = {}
         self.outputs: dict[tuple[int, int], torch.Tensor] = {}
-        self.loss = torch.zeros((), dtype=torch.float64, device=tokens[0].device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=micros[0].tokens.device)
 
     def execute(self, actions: Sequence[Action]) -> None:
         """Runs this rank's actions in order, posting each action's receive while the one before it computes."""
@@ -158,16 +151,16 @@ class _Run:
     def _forward(self, action: Action) -> None:
         self.executor.mesh.heart.enter(Phase.FORWARD if torch.is_grad_enabled() else Phase.EVALUATION)
         chunk = self.executor.chunks[action.chunk]
-        key = (action.micro, action.chunk)
+        key, micro = (action.micro, action.chunk), self.micros[action.micro]
         if chunk.stage == 0:
-            x = self.tokens[action.micro]
+            x = micro.tokens
         else:
             x = self._receive(Kind.F, action.micro, chunk.stage).requires_grad_(torch.is_grad_enabled())
-        y = chunk.model(x, documents=None if self.documents is None else self.documents[action.micro])
+        y = chunk.model(x, micro)
         if not chunk.model.last:
             self._send(Kind.F, action.micro, chunk.stage + 1, y.detach())
         elif not torch.is_grad_enabled():
-            self.loss += chunk.model.losses(y, self.labels[action.micro]).sum()
+            self.loss += chunk.model.losses(y, _labels(micro)).sum()
         if torch.is_grad_enabled():
             self.inputs[key], self.outputs[key] = x, y
 
@@ -177,7 +170,7 @@ class _Run:
         key = (action.micro, action.chunk)
         x, y = self.inputs.pop(key), self.outputs.pop(key)
         if chunk.model.last:  # the head computes loss and gradients together, so it runs now
-            losses, grad = chunk.model.loss(y.detach(), self.labels[action.micro], 1.0 / self.total)
+            losses, grad = chunk.model.loss(y.detach(), _labels(self.micros[action.micro]), 1.0 / self.total)
             self.loss += losses.sum()
         else:
             grad = self._receive(Kind.B, action.micro, chunk.stage)
@@ -198,7 +191,7 @@ class _Run:
         if self.executor.stages == 1 or not self._needs(action) or message in self.traffic.posted:
             return
         source = stage - 1 if action.kind is Kind.F else stage + 1
-        buffer = self.executor.chunks[action.chunk].model.boundary(*self.tokens[action.micro].shape)
+        buffer = self.executor.chunks[action.chunk].model.boundary(*self.micros[action.micro].tokens.shape)
         rank, group = self._channel(action.kind, source, stage)
         work = dist.irecv(buffer, src=rank, group=group)
         assert work is not None
@@ -232,6 +225,11 @@ class _Run:
         group = mesh.channels[f"{'ahead' if kind is Kind.F else 'back'}:{a}>{b}"]
         here = mesh.rank
         return (b if here == a else a), group
+
+
+def _labels(micro: MicroBatch) -> torch.Tensor:
+    assert micro.labels is not None
+    return micro.labels
 
 
 def make_chunks(mesh: Mesh, virtual: int, build: Callable[[int], tuple[Stage, GradientBuckets | None]]) -> list[Chunk]:

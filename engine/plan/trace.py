@@ -27,6 +27,7 @@ from engine.kernels.dispatch import Kernels
 from engine.model import Decoder, Parts
 from engine.parallel.buckets import GradientBuckets
 from engine.parallel.collectives import TensorParallel
+from engine.parallel.micro_batch import MicroBatch
 
 META = torch.device("meta")
 HIDDEN = "__dynamo_disable"
@@ -105,11 +106,12 @@ def trace(shape: Shape, layers: int, first: bool, last: bool) -> Activations:
     model = Decoder(parts, range(layers), first=first, last=last)
     buckets = GradientBuckets(model, wide_products=shape.kernels.wide_products).buckets
     size = (shape.micro_batch, shape.seq_len)
+    micro = MicroBatch.of(torch.empty(size, dtype=torch.long, device=META))
     known = [flat for bucket in buckets for flat in (bucket.data, bucket.grads)]
     with _without_compiler(), _FusedAttention(), Live(known) as memory:
         x = torch.empty(size if first else (*size, shape.model.hidden), dtype=torch.long if first else shape.dtype,
                         device=META, requires_grad=not first)
-        y = model(x)
+        y = model(x, micro)
         kept = memory.live
         if last:
             _, grad = model.loss(y.detach(), torch.empty(size, dtype=torch.long, device=META))

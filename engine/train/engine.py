@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine.config import RunConfig
 from engine.data.batches import Batch
@@ -22,6 +23,7 @@ from engine.parallel.collectives import TensorParallel
 from engine.parallel.executor import Chunk, Executor, make_chunks
 from engine.parallel.heart import Phase
 from engine.parallel.init import initialize
+from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.optimizer import ShardedAdamW
 from engine.train.schedule import learning_rate
 
@@ -91,12 +93,11 @@ class Engine:
     def train_step(self, batch: Batch, stop: bool = False) -> StepResult:
         """One optimizer step on this rank's part of the global batch. Raises UserError when nothing is supervised."""
         self.mesh.heart.enter(Phase.FORWARD, self.step + 1)
-        tokens, labels = self._tensors(batch)
-        total, read, squares = self._counts(batch, labels)
+        micros = self._micro_batches(batch)
+        total, read, squares = self._counts(batch)
         if total == 0:
             raise UserError(f"step {self.step + 1}: no token of the global batch is supervised; look at the labels")
-        loss_sum = self.executor.train(tokens, labels, self.config.batch.micro_batch, total,
-                                       self._documents(batch, tokens.shape[1]))
+        loss_sum = self.executor.train(micros, total)
         lr = learning_rate(self.config.optimizer, self.step, self.config.batch.steps)
         self.mesh.heart.enter(Phase.OPTIMIZER)
         loss, crc, stops = self._report(loss_sum, crc_of(batch), stop)
@@ -113,32 +114,35 @@ class Engine:
         for done, batch in enumerate(batches):
             if done and self._report(torch.zeros_like(loss), 0, stop())[2]:
                 return None
-            tokens, labels = self._tensors(batch)
-            total += self._counts(batch, labels)[0]
-            loss += self.executor.evaluate(tokens, labels, self.config.batch.micro_batch,
-                                           self._documents(batch, tokens.shape[1]))
+            micros = self._micro_batches(batch)
+            total += self._counts(batch)[0]
+            loss += self.executor.evaluate(micros)
         return self._report(loss, 0, False)[0] / max(1, total)
 
-    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch on the device; under sequence parallelism padded to a length that tp divides, labels ignored."""
-        tokens, labels = (torch.from_numpy(np.ascontiguousarray(a)) for a in (batch.tokens, batch.labels))
-        more = -tokens.shape[1] % self.parts.tp.size if self.parts.tp.sequence else 0
-        if more:
-            tokens = torch.nn.functional.pad(tokens, (0, more))
-            labels = torch.nn.functional.pad(labels, (0, more), value=IGNORE)
-        return tokens.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """The batch on the device, cut into micro-batches; under sequence parallelism padded to a length that tp
+        divides, labels ignored."""
+        size, seq = self.config.batch.micro_batch, batch.tokens.shape[1]
+        padded = seq + (-seq % self.parts.tp.size if self.parts.tp.sequence else 0)
+        tokens, labels = self._to_device(batch.tokens), self._to_device(batch.labels)
+        if padded > seq:
+            tokens = F.pad(tokens, (0, padded - seq))
+            labels = F.pad(labels, (0, padded - seq), value=IGNORE)
+        positions = torch.arange(padded, device=self.device)
+        cumulative = batch.cumulative(size, padded)
+        documents = None if cumulative is None else [self._to_device(lengths) for lengths in cumulative]
+        return [MicroBatch(part, positions, own, None if documents is None else documents[i])
+                for i, (part, own) in enumerate(zip(tokens.split(size), labels.split(size), strict=True))]
 
-    def _documents(self, batch: Batch, padded: int) -> list[torch.Tensor] | None:
-        """Cumulative document lengths of each micro-batch, on the device."""
-        found = batch.cumulative(self.config.batch.micro_batch, padded)
-        return None if found is None else [torch.from_numpy(a).to(self.device, non_blocking=True) for a in found]
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
-    def _counts(self, batch: Batch, labels: torch.Tensor) -> tuple[int, int, int]:
+    def _counts(self, batch: Batch) -> tuple[int, int, int]:
         """(supervised tokens, tokens, squares) of the global batch, as in StepResult; summed over dp in one message,
         before the backward pass, which divides by the first."""
         lengths = batch.own_lengths()
-        read = labels.new_tensor([int(lengths.sum()), int((lengths * lengths).sum())])
-        counts = torch.cat([(labels != IGNORE).sum().view(1), read])
+        own = [np.count_nonzero(batch.labels != IGNORE), lengths.sum(), (lengths * lengths).sum()]
+        counts = torch.tensor([int(number) for number in own], device=self.device)
         dp = self.mesh.group("dp")
         if dp is not None:
             dp.all_reduce_(counts)

@@ -18,6 +18,7 @@ from engine.kernels.rope import rope_table
 from engine.mesh import AXES, Mesh, build_mesh
 from engine.model import Parts
 from engine.model.decoder import Block
+from engine.parallel.micro_batch import MicroBatch
 from engine.plan import estimate
 from engine.train.engine import Engine
 from tests.kernels.rule import DEVICE, needs_triton, normal
@@ -85,13 +86,14 @@ def test_a_block_compiles_to_one_graph(family: str) -> None:
     block = Block(0, Parts(config, device=DEVICE, kernels=FUSED))
     for i, parameter in enumerate(block.parameters()):
         parameter.data.copy_(normal(*parameter.shape, seed=i, scale=0.1))
-    rope = None if family == "gpt2" else rope_table(torch.arange(12, device=DEVICE), 8, 1e4, torch.float32)
+    micro = MicroBatch.of(torch.zeros(2, 12, dtype=torch.long, device=DEVICE))
+    rope = None if family == "gpt2" else rope_table(micro.positions, 8, 1e4, torch.float32)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     results = []
     for run in (block, compiled):
         block.zero_grad()
         x, branch = (normal(2, 12, 32, seed=seed).float().requires_grad_() for seed in (50, 51))
-        outs = run(x, branch, rope)
+        outs = run(x, branch, micro, rope)
         sum((y * normal(*y.shape, seed=60).float()).sum() for y in outs).backward()
         results.append([*outs, x.grad, branch.grad, *(p.grad for p in block.parameters())])
     for plain, graph in zip(*results, strict=True):

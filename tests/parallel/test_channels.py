@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from engine.config import Layout
 from engine.mesh import Mesh, open_channels, place
 from engine.parallel.executor import Executor, _Run, make_chunks
 from engine.parallel.heart import Heart
+from engine.parallel.micro_batch import MicroBatch
 
 Call = tuple[str, int, int]
 """(what, channel, number): `send` and `recv` begin the n-th message of a channel, `sent` and `got` wait for its end."""
@@ -57,7 +57,7 @@ class Toy:
     def __init__(self, last: bool) -> None:
         self.last = last
 
-    def __call__(self, x: torch.Tensor, *, documents: Any = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
         return x.detach().requires_grad_() * 1 if not x.requires_grad else x * 1
 
     def loss(self, x: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,10 +83,10 @@ def record(pp: int, virtual: int, micros: int, *, training: bool) -> Iterator[tu
             mesh = Mesh(layout, rank, place(layout, rank), {}, channels)  # type: ignore[arg-type]
             chunks = make_chunks(mesh, virtual, lambda stage: (Toy(stage == pp * virtual - 1), None))
             executor = Executor(chunks, mesh, "1f1b" if virtual == 1 else "interleaved")
-            tokens = torch.zeros(micros).split(1)
+            batches = [MicroBatch(part, part, part) for part in torch.zeros(micros).split(1)]
             with torch.set_grad_enabled(training):
                 schedule = executor.schedule if training else executor.forward_schedule
-                _Run(executor, tokens, tokens, 1, None).execute(schedule(micros))
+                _Run(executor, batches, 1).execute(schedule(micros))
         yield made, list(recorder.calls)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from engine.data.batches import Batch, share_of
 from engine.model import Decoder, Parts
+from engine.parallel.micro_batch import MicroBatch
 from tests.parallel import toys
 
 
@@ -23,7 +24,7 @@ def test_a_document_sees_nothing_of_the_one_before_it(model: str) -> None:
     other[:, :5] = (tokens[:, :5] + 1) % 101
     documents = torch.tensor([0, 5, 12, 17, 24], dtype=torch.int32)
     with torch.no_grad():
-        apart = [decoder(ids, documents=documents) for ids in (tokens, other)]
+        apart = [decoder(ids, MicroBatch.of(ids, documents=documents)) for ids in (tokens, other)]
         mixed = [decoder(ids) for ids in (tokens, other)]
     assert torch.equal(apart[0][:, 5:], apart[1][:, 5:])
     assert not torch.equal(apart[0][:, :5], apart[1][:, :5])
