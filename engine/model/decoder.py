@@ -15,6 +15,7 @@ from engine.model.attention import Attention, Rope
 from engine.model.cache import LayerCache
 from engine.model.mlp import MLP
 from engine.model.parts import Norm, Parts, add_and_norm, make_norm
+from engine.parallel.gradients import use
 from engine.parallel.layers import VocabParallelEmbedding, VocabParallelHead, vocab_parameter
 from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.sharding import Shard, make_parameter, whole
@@ -80,7 +81,7 @@ class Embedding(nn.Module):
         x = self.tokens(ids)  # [batch, seq or seq/tp, hidden]
         if self.positions is not None:
             first = self.tp.rank * x.shape[1] if self.tp.sequence else 0
-            x = x + F.embedding(positions[first : first + x.shape[1]], self.positions)
+            x = x + F.embedding(positions[first : first + x.shape[1]], use(self.positions))
         return cast(torch.Tensor, x)
 
 

@@ -13,6 +13,7 @@ from engine.config.check import VOCAB_MULTIPLE
 from engine.kernels.dispatch import Kernels
 from engine.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.parallel.collectives import TensorParallel
+from engine.parallel.gradients import use
 from engine.parallel.layers import replicated
 
 
@@ -54,11 +55,11 @@ class RMSNorm(nn.Module):
         self.weight = replicated(f"{name}.weight", size, 1.0, parts.tp, parts.dtype, parts.device, partial)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, by=self.by)  # type: ignore[no-any-return]
+        return rms_norm(x, use(self.weight), self.eps, by=self.by)  # type: ignore[no-any-return]
 
     def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """norm(x + branch), and x + branch."""
-        return add_rms_norm(x, branch, self.weight, self.eps, by=self.by)  # type: ignore[no-any-return]
+        return add_rms_norm(x, branch, use(self.weight), self.eps, by=self.by)  # type: ignore[no-any-return]
 
 
 class LayerNorm(nn.Module):
@@ -72,11 +73,11 @@ class LayerNorm(nn.Module):
         self.bias = replicated(f"{name}.bias", size, 0.0, parts.tp, parts.dtype, parts.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, by=self.by)  # type: ignore[no-any-return]
+        return layer_norm(x, use(self.weight), use(self.bias), self.eps, by=self.by)  # type: ignore[no-any-return]
 
     def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """norm(x + branch), and x + branch."""
-        return add_layer_norm(x, branch, self.weight, self.bias, self.eps, by=self.by)  # type: ignore[no-any-return]
+        return add_layer_norm(x, branch, use(self.weight), use(self.bias), self.eps, by=self.by)  # type: ignore[no-any-return]
 
 
 Norm = RMSNorm | LayerNorm

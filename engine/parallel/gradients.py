@@ -1,8 +1,22 @@
-"""Where a gradient goes: added in fp32 into the parameter's view of its bucket, or back to autograd without one."""
+"""The two moments at which a layer tells of a weight: `use` before it reads it, `done` when its gradient is complete.
+
+A gradient is added in fp32 into the parameter's view of its bucket; a parameter without a bucket gets it from autograd.
+"""
 
 from __future__ import annotations
 
 import torch
+
+
+def use(weight: torch.Tensor) -> torch.Tensor:
+    """The weight itself, once the rows that other ranks have updated are there. Forward passes read weights by it.
+
+    Layers keep what it returns as an attribute of their context: a saved tensor would pin the memory and its version.
+    """
+    arrive = getattr(weight, "on_use", None)
+    if arrive is not None:
+        arrive()
+    return weight
 
 
 def accumulate_product(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:

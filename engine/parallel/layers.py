@@ -21,7 +21,7 @@ from engine.parallel.collectives import (
     start_reduce_scatter_sequence,
 )
 from engine.parallel.comm import Pending
-from engine.parallel.gradients import accumulate, accumulate_product, add_product, done
+from engine.parallel.gradients import accumulate, accumulate_product, add_product, done, use
 from engine.parallel.sharding import Member, Shard, make_parameter, split_columns, split_rows, whole
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -33,15 +33,15 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
                 tp: TensorParallel) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.tp = tp
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.tp = use(weight), bias, tp
         full = all_gather_sequence(x, tp) if tp.sequence and tp.group is not None else x
-        return F.linear(full, weight, bias)
+        return F.linear(full, weight, None if bias is None else use(bias))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Tensors, ...] | Tensors:  # type: ignore[override]
-        x, weight, bias = ctx.saved_tensors
-        tp: TensorParallel = ctx.tp
+        (x,) = ctx.saved_tensors
+        weight, bias, tp = ctx.weight, ctx.bias, ctx.tp
         pending: Pending | None = None
         grad_x = None
         full = all_gather_sequence(x, tp) if tp.sequence and tp.group is not None else x
@@ -64,12 +64,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight = use(weight)
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = accumulate_product(weight, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
         return grad_x, grad_weight
@@ -83,12 +84,13 @@ class _Embedding(torch.autograd.Function):
         local = ids - first
         outside = (local < 0) | (local >= weight.shape[0])
         local = local.masked_fill(outside, 0)
-        ctx.save_for_backward(local, outside, weight)
+        ctx.save_for_backward(local, outside)
+        ctx.weight = use(weight)
         return F.embedding(local, weight).masked_fill_(outside.unsqueeze(-1), 0)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
-        local, outside, weight = ctx.saved_tensors
+        (local, outside), weight = ctx.saved_tensors, ctx.weight
         kind = weight.dtype if getattr(weight, "main_grad", None) is None else weight.main_grad.dtype
         grad = grad.to(kind).masked_fill(outside.unsqueeze(-1), 0)
         # Deterministic on every device (index_add_ would use atomics on CUDA).
@@ -134,7 +136,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = leave(_Linear.apply(x, self.weight), self.tp)  # [batch, seq or seq/tp, outputs]
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + use(self.bias)
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight.shape
@@ -194,7 +196,7 @@ class VocabParallelHead(nn.Module):
             add_product(self.weight, logits_grad, rows)
 
         losses, grad = linear_cross_entropy(
-            full.reshape(-1, full.shape[-1]), self.weight, labels.reshape(-1), scale=scale or 0.0,
+            full.reshape(-1, full.shape[-1]), use(self.weight), labels.reshape(-1), scale=scale or 0.0,
             first=tp.rank * self.weight.shape[0], vocab=self.vocab, group=tp.group, by=self.by, grad_x=training,
             add_weight_grad=add_weight_grad if training else None)
         if grad is None:

@@ -2,7 +2,8 @@
 
 Order of a step, and why: partial gradients are summed over tp (or the kv group, or the tied pair of stages) on the
 shard, after the dp sum, where they are smallest; then the global norm; then nothing moves if it is not finite; then
-clip, AdamW on the shard, and the all-gather of the new parameters.
+clip, AdamW on the shard, and the all-gather of the new parameters, which the next forward pass waits for, layer by
+layer.
 """
 
 from __future__ import annotations
@@ -47,19 +48,26 @@ class ShardedAdamW:
 
         A norm that is not finite is returned with nothing changed.
         """
+        self.arrive()
         self._sum_partial()
         norm = self.grad_norm()
         if norm != norm or norm == float("inf"):
             return norm
         scale = min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip > 0 else 1.0
         self.steps += 1
-        for bucket, state in zip(self.buckets, self.moments, strict=True):
+        # Buckets are in the order of the backward pass; the next forward pass waits for the first layers first.
+        for bucket, state in reversed(list(zip(self.buckets, self.moments, strict=True))):
             adamw_(state.master, bucket.shard_grads, state.exp_avg, state.exp_avg_sq, step=self.steps, lr=lr,
                    beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.adam_eps,
                    weight_decay=self.config.weight_decay if bucket.decay else 0.0, scale=scale,
                    out=bucket.shard_data if state.separate else None, by=self.by)
             bucket.gather()
         return norm
+
+    def arrive(self) -> None:
+        """Returns when every parameter is whole: after `step` it waits for the rows that other ranks updated."""
+        for bucket in self.buckets:
+            bucket.arrive()
 
     def grad_norm(self) -> float:
         """The norm over the whole model, each logical element counted once (padding and copies left out)."""

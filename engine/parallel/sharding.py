@@ -50,6 +50,9 @@ class Shard:
     """Constant initial value (norms 1, biases 0)."""
     tied: bool = False
     """The embedding shared with the head of another stage: gradients are summed over both stages."""
+    replicas: str = "dp"
+    """The mesh group whose ranks hold copies of the parameter: its gradients are summed over them, and each updates an
+    equal part of its rows."""
     uses: int = 1
     """Gradients one backward pass adds: 2 for an embedding that is the same stage's head too."""
 

@@ -11,7 +11,7 @@ from engine.config import Layout, RunConfig
 from engine.config.presets import title
 from engine.kernels.dispatch import Kernels
 from engine.model import Decoder, Parts, stage_layers
-from engine.parallel.buckets import GradientBuckets
+from engine.parallel.buckets import GradientBuckets, Replicas
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.schedule import Action, Kind, Schedule, build_schedule, stage_of
 from engine.parallel.simulator import simulate
@@ -182,7 +182,7 @@ class _Planner:
         count = sum(p.numel() for p in model.parameters())
         dp = self.layout.dp
         memory = Memory()
-        for bucket in GradientBuckets(model, dp_size=dp).buckets:
+        for bucket in GradientBuckets(model, {"dp": Replicas(size=dp)}).buckets:
             shard = bucket.grads.nbytes // dp
             master = bucket.data.dtype != bucket.grads.dtype
             memory += Memory(weights=bucket.data.nbytes, gradients=bucket.grads.nbytes + (shard if dp > 1 else 0),

@@ -18,7 +18,7 @@ from engine.kernels.cross_entropy import IGNORE
 from engine.kernels.dispatch import Kernels
 from engine.mesh import Mesh
 from engine.model import Decoder, Parts, stage_layers
-from engine.parallel.buckets import GradientBuckets
+from engine.parallel.buckets import GradientBuckets, Replicas
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.executor import Chunk, Executor, make_chunks
 from engine.parallel.heart import Phase
@@ -73,12 +73,13 @@ class Engine:
     def _build(self, stage: int) -> tuple[Decoder, GradientBuckets]:
         first, last = stage == 0, stage == len(self.stages) - 1
         model = Decoder(self.parts, self.stages[stage], first=first, last=last)
-        buckets = GradientBuckets(model, dp=self.mesh.group("dp"), dp_rank=self.mesh.dp, dp_size=self.mesh.size("dp"),
-                                wide_products=self.parts.kernels.wide_products)
+        replicas = {"dp": Replicas(self.mesh.group("dp"), self.mesh.dp, self.mesh.size("dp"))}
+        buckets = GradientBuckets(model, replicas, wide_products=self.parts.kernels.wide_products)
         return model, buckets
 
     def models(self) -> Iterator[Decoder]:
-        """This rank's chunks of the model."""
+        """This rank's chunks of the model, their weights whole."""
+        self.optimizer.arrive()
         for chunk in self.chunks:
             assert isinstance(chunk.model, Decoder)
             yield chunk.model

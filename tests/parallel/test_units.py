@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.config import Layout
 from engine.mesh import AXES, Mesh, neighbours, place, rank_grid, slices
-from engine.parallel.buckets import GradientBuckets
+from engine.parallel.buckets import GradientBuckets, Replicas
 from engine.parallel.init import initialize, normals
 from engine.parallel.sharding import (
     Member,
@@ -154,7 +154,7 @@ def test_shards_are_whole_rows_and_cover_each_element_once(dp: int, limit: int) 
               "d": np.zeros(5), "e": np.zeros((4, 4))}
     for rank in range(dp):
         model = Toy()
-        buckets = GradientBuckets(model, dp_rank=rank, dp_size=dp, limit=limit).buckets
+        buckets = GradientBuckets(model, {"dp": Replicas(None, rank, dp)}, limit=limit).buckets
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, original[name]), "moving into the bucket changes nothing"
         for bucket in buckets:
