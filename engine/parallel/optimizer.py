@@ -109,6 +109,7 @@ class ShardedAdamW:
 
     def entries(self) -> Iterator[Entry]:
         """This rank's part of a checkpoint, to save: weights, master weights and moments of its rows."""
+        self.arrive()
         for bucket, state in zip(self.buckets, self.moments, strict=True):
             parts = [("model", bucket.shard_data), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)]
             if state.separate:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine import verify
+from engine.train.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toys
@@ -39,7 +40,11 @@ PAIRS += [("qwen3", layout) for layout in ("tp2", "tp4", "tp2-sp-recompute", "tp
 
 def run(rank: int, world: int, flags: str, steps: int) -> Any:
     """On a rank: trains, and returns the curve, the gradients of step 1 and the initial and final weights."""
-    engine = toys.make_engine(toys.make_config(flags), rank, world)
+    return run_engine(toys.make_engine(toys.make_config(flags), rank, world), steps)
+
+
+def run_engine(engine: Engine, steps: int) -> Any:
+    """The same for an engine at its first step."""
     initial = toys.local_weights(engine)
     engine.optimizer.config = _no_clip(engine.optimizer.config)  # a clipped shard would not be the gradient
     first = toys.train(engine, 1)

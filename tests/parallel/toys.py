@@ -10,13 +10,13 @@ import torch
 
 from engine import verify
 from engine.config import RunConfig, check, parse
-from engine.mesh import build_mesh
+from engine.mesh import Mesh, build_mesh
 from engine.parallel.sharding import Entry
 from engine.train.engine import DTYPES, Engine
 from engine.verify import make_batch, train
 
 __all__ = ["MODELS", "assemble", "local_gradients", "local_weights", "make_batch", "make_config", "make_engine",
-           "train"]
+           "make_mesh", "train"]
 
 SHAPE = ("--layers 5 --hidden 32 --ffn-hidden 64 --heads 4 --kv-heads 2 --vocab-size 101 --micro-batch 1 "
          "--global-batch 4 --seq-len 16 --steps 20 --lr 1e-2 --warmup 3 --dtype fp64")
@@ -33,9 +33,14 @@ def make_config(flags: str) -> RunConfig:
     return parse(flags.split())
 
 
-def make_engine(config: RunConfig, rank: int, world: int) -> Engine:
+def make_mesh(config: RunConfig, rank: int, world: int, *, shared: bool = True) -> Mesh:
+    """This rank's mesh; `shared`: through shared memory, else through torch.distributed."""
+    return build_mesh(check(config, world), rank, config.model.kv_heads, timedelta(seconds=60), shared=shared)
+
+
+def make_engine(config: RunConfig, rank: int, world: int, mesh: Mesh | None = None) -> Engine:
     """An initialised engine on this rank."""
-    mesh = build_mesh(check(config, world), rank, config.model.kv_heads, timedelta(seconds=60))
+    mesh = mesh or make_mesh(config, rank, world)
     engine = Engine(config, mesh, torch.device("cpu"), DTYPES[config.runtime.dtype])
     engine.initialize()
     return engine
