@@ -64,4 +64,6 @@ def gathered(job: Job, place: Place, before: Callable[[], None] = lambda: None) 
 
 def _mesh(job: Job, limits: Limits, place: Place, store: dist.Store | None, heart: Heart) -> Mesh:
     start_group(place, job.device, limits.last, store)
-    return build_mesh(job.layout, place.rank, job.config.model.kv_heads, timedelta(seconds=limits.last), heart=heart)
+    model, parallel = job.config.model, job.config.parallel
+    return build_mesh(job.layout, place.rank, model.kv_heads, timedelta(seconds=limits.last), tied=model.tied,
+                      wraps=parallel.virtual_stages > 1, heart=heart)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Layout
-from engine.mesh import Mesh, open_channels, place
+from engine.mesh import Mesh, neighbours, one_by_one, open_channels, place
 from engine.parallel.executor import Executor, _Run, make_chunks
 from engine.parallel.heart import Heart
 from engine.parallel.micro_batch import MicroBatch
@@ -42,7 +42,8 @@ class Recorder:
         end = "sent" if what == "send" else "got"
         return SimpleNamespace(wait=lambda: self.calls.append((end, group, number)))
 
-    def install(self, patch: pytest.MonkeyPatch) -> None:
+    def install(self, patch: pytest.MonkeyPatch, rank: int) -> None:
+        patch.setattr(dist, "get_rank", lambda: rank)
         patch.setattr(dist, "new_group", self.new_group)
         patch.setattr(dist, "get_backend", lambda group: "gloo")
         patch.setattr(dist, "isend", lambda x, dst, group: self.begin("send", group))
@@ -76,8 +77,8 @@ def record(pp: int, virtual: int, micros: int, *, training: bool) -> Iterator[tu
     for rank in range(pp):
         recorder = Recorder()
         with pytest.MonkeyPatch.context() as patch:
-            recorder.install(patch)
-            channels = open_channels(layout, rank, timedelta(seconds=1), Heart())
+            recorder.install(patch, rank)
+            channels = open_channels(neighbours(layout), rank, timedelta(seconds=1), Heart(), one_by_one)
             made = list(recorder.calls)
             recorder.calls.clear()
             mesh = Mesh(layout, rank, place(layout, rank), {}, channels)  # type: ignore[arg-type]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.config import Layout
-from engine.mesh import AXES, Mesh, neighbours, place, rank_grid, slices
+from engine.mesh import AXES, Mesh, build_mesh, neighbours, place, rank_grid, slices
 from engine.parallel.buckets import GradientBuckets, Replicas
 from engine.parallel.init import initialize, normals
 from engine.parallel.sharding import (
@@ -32,11 +37,12 @@ CPU = torch.device("cpu")
 @given(layouts)
 def test_the_groups_of_every_axis_partition_the_world(layout: Layout) -> None:
     found = slices(layout, kv_heads=2)
-    for axis in (*AXES, "model"):
+    for axis in ("dp", "cp", "tp", "model"):
         size = layout.world // layout.dp if axis == "model" else getattr(layout, axis)
-        members = [rank for ranks in found[axis] for rank in ranks]
+        lists = found.get(axis, [])
+        members = [rank for ranks in lists for rank in ranks]
         assert sorted(members) == (list(range(layout.world)) if size > 1 else []), axis
-        assert all(len(ranks) == size and ranks == sorted(ranks) for ranks in found[axis]), axis
+        assert all(len(ranks) == size and ranks == sorted(ranks) for ranks in lists), axis
 
 
 @given(layouts, st.data())
@@ -45,8 +51,8 @@ def test_a_group_holds_the_ranks_that_differ_in_its_axis_alone(layout: Layout, d
     here = place(layout, rank)
     mesh = Mesh(layout, rank, here)
     assert mesh.peer() == rank and rank_grid(layout)[tuple(here[axis] for axis in AXES)] == rank
-    for axis in AXES:
-        mine = [ranks for ranks in slices(layout, 2)[axis] if rank in ranks]
+    for axis in ("dp", "cp", "tp"):
+        mine = [ranks for ranks in slices(layout, 2).get(axis, []) if rank in ranks]
         expected = [mesh.peer(**{axis: i}) for i in range(getattr(layout, axis))]
         assert mine == ([expected] if len(expected) > 1 else [])
     assert str(mesh).startswith(f"{layout} · rank {rank} = ")
@@ -54,7 +60,7 @@ def test_a_group_holds_the_ranks_that_differ_in_its_axis_alone(layout: Layout, d
 
 @given(layouts, st.sampled_from([1, 2, 4, 8]))
 def test_ranks_of_a_kv_group_hold_the_same_heads(layout: Layout, kv_heads: int) -> None:
-    groups = slices(layout, kv_heads)["kv"]
+    groups = slices(layout, kv_heads).get("kv", [])
     assert bool(groups) == (layout.tp > kv_heads)
     for ranks in groups:
         places = [place(layout, rank) for rank in ranks]
@@ -65,13 +71,47 @@ def test_ranks_of_a_kv_group_hold_the_same_heads(layout: Layout, kv_heads: int) 
 
 @given(layouts)
 def test_neighbouring_stages_form_rings(layout: Layout) -> None:
-    pairs = neighbours(layout)
+    sets = neighbours(layout)
+    pairs = [pair for some in sets for pair in some]
     assert len(pairs) == (layout.world if layout.pp > 1 else 0)
+    open_ends = [pair for some in neighbours(layout, wraps=False) for pair in some]
+    assert all(pair in pairs for pair in open_ends)
+    assert len(open_ends) == layout.world // layout.pp * (layout.pp - 1)
+    for some in sets:
+        ranks = [rank for pair in some for rank in pair]
+        assert len(ranks) == len(set(ranks)), "no rank stands in two pairs of a set"
     for a, b in pairs:
         here, there = place(layout, a), place(layout, b)
         assert there == {**here, "pp": (here["pp"] + 1) % layout.pp}
-    edges = slices(layout, 1)["edge"]
+    edges = slices(layout, 1).get("edge", [])
+    assert bool(edges) == (layout.pp > 1) and "edge" not in slices(layout, 1, tied=False)
     assert all(place(layout, a)["pp"] == 0 and place(layout, b)["pp"] == layout.pp - 1 for a, b in edges)
+
+
+@pytest.mark.parametrize(("layout", "kv_heads", "calls"), [
+    (Layout(tp=8, pp=4, dp=8), 8, 7), (Layout(tp=8, pp=8, dp=16), 4, 8), (Layout(tp=8, pp=16, dp=32), 4, 8),
+    (Layout(tp=8, pp=3, dp=8), 8, 7), (Layout(dp=4096), 8, 1)])
+def test_so_many_meetings_of_the_world_make_all_groups_however_large_it_is(
+        layout: Layout, kv_heads: int, calls: int) -> None:
+    made: list[list[list[int]]] = []
+
+    def count(lists: Any, timeout: timedelta) -> dist.ProcessGroup | None:
+        made.append(lists)
+        return dist.group.WORLD
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
+    try:
+        wrapped = build_mesh(layout, 0, kv_heads, timedelta(seconds=1), make=count)
+        assert len(made) <= 11
+        made.clear()
+        mesh = build_mesh(layout, 0, kv_heads, timedelta(seconds=1), make=count, tied=False, wraps=False)
+    finally:
+        dist.destroy_process_group()
+    assert len(made) == calls, "tp, dp, model, kv where heads repeat, and two directions of two sets of neighbours"
+    for lists in made:
+        assert len({rank for ranks in lists for rank in ranks}) == sum(map(len, lists)), "a split has no overlaps"
+    assert len(wrapped.channels) == (4 if layout.pp > 1 else 0) and len(mesh.channels) == (2 if layout.pp > 1 else 0)
+    assert (wrapped.group("edge") is not None) == (layout.pp > 1) and mesh.group("edge") is None
 
 
 def test_tp_neighbours_are_adjacent_ranks() -> None:

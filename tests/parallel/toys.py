@@ -35,7 +35,8 @@ def make_config(flags: str) -> RunConfig:
 
 def make_mesh(config: RunConfig, rank: int, world: int, *, shared: bool = True) -> Mesh:
     """This rank's mesh; `shared`: through shared memory, else through torch.distributed."""
-    return build_mesh(check(config, world), rank, config.model.kv_heads, timedelta(seconds=60), shared=shared)
+    return build_mesh(check(config, world), rank, config.model.kv_heads, timedelta(seconds=60), shared=shared,
+                      tied=config.model.tied, wraps=config.parallel.virtual_stages > 1)
 
 
 def make_engine(config: RunConfig, rank: int, world: int, mesh: Mesh | None = None) -> Engine:
