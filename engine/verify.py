@@ -46,6 +46,7 @@ UNREAD: Mapping[str, str] = MappingProxyType({
                     "verification trains on tokens and weights made from --seed"),
     **dict.fromkeys(("out", "save_every", "keep", "log_every", "peak_tflops"), "verification writes nothing"),
     **dict.fromkeys(("eval_every", "eval_samples"), "verification evaluates nothing"),
+    "skip_nonfinite": "verification compares every step",
     **dict.fromkeys(("stop_after", "epochs", "requeue_exit"), "verification runs all of --steps")})
 """Flags that mean nothing here."""
 

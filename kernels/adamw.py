@@ -19,23 +19,34 @@ leave room for 9 such blocks on a multiprocessor: 147 KB are under way, several 
 
 
 def adamw_(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, *, step: int,
-           lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, scale: float = 1.0,
+           lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, control: torch.Tensor | None = None,
            out: torch.Tensor | None = None, by: str = "torch") -> None:
     """One step in place on flat, contiguous tensors of one length, `step` counting from 1.
 
-    The gradient counts `scale` times (clipping). `out` receives the master weights in its own dtype. By "torch" all but
-    `out` have one dtype, and a scale below 1 is multiplied into `grad` where it lies; by "triton" master weights and
-    moments are fp32, grad of any dtype up to that, and grad stays as it is.
+    `control`, float64 [2] on the buffers' device, is (scale, skip): the gradient counts `scale` times (clipping), and
+    where `skip` is not 0 nothing is written. It is computed on the device, so that the host need not wait for the
+    gradient's norm; None is (1, 0). `out` receives the master weights in its own dtype. By "torch" all but `out` have
+    one dtype, and the scale is multiplied into `grad` where it lies; by "triton" master weights and moments are fp32,
+    grad of any dtype up to that, and grad stays as it is.
     """
     if by == "triton":
-        _adamw(master, grad, exp_avg, exp_avg_sq, out, step, lr, beta1, beta2, eps, weight_decay, scale)
+        control = master.new_tensor((1.0, 0.0), dtype=torch.float64) if control is None else control
+        _adamw(master, grad, exp_avg, exp_avg_sq, out, step, lr, beta1, beta2, eps, weight_decay, control)
         return
-    # Torch's kernel has a divisor of its own for the gradient (grad_scale), but dividing by 1 / scale rounds twice.
-    if scale != 1.0:
-        grad.mul_(scale)
+    skip = None
+    if control is not None and control.device.type == "cpu":  # the host has it already
+        scale, skipped = control.tolist()
+        if skipped:
+            return
+        if scale != 1.0:
+            grad.mul_(scale)
+    elif control is not None:
+        # Torch's kernel has a divisor of its own for the gradient (grad_scale), but dividing by 1 / scale rounds twice.
+        grad.mul_(control[0])
+        skip = control[1].float()
     counter = torch.tensor(float(step), dtype=torch.float32, device=master.device)
     torch._fused_adamw_([master], [grad], [exp_avg], [exp_avg_sq], [], [counter], lr=lr, beta1=beta1, beta2=beta2,
-                        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
+                        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, found_inf=skip)
     if out is not None:
         out.copy_(master)
 
@@ -51,11 +62,14 @@ def reference(parameter: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor
 
 
 @jit
-def adamw_kernel(master, grad, exp_avg, exp_avg_sq, out, length, scale, take1, take2, decay, rate, unbias2, eps,
+def adamw_kernel(master, grad, exp_avg, exp_avg_sq, out, control, length, take1, take2, decay, rate, unbias2, eps,
                  OUT: tl.constexpr, BLOCK: tl.constexpr):
     """One block of all buffers. Whole blocks go unmasked: a mask by a length that is no multiple of 4 would cut their
     accesses to single elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
+    scale = tl.load(control).to(tl.float32)
+    if tl.load(control + 1) != 0.0:
+        return
     if start + BLOCK <= length:
         _update(master, grad, exp_avg, exp_avg_sq, out, start, length, scale, take1, take2, decay, rate, unbias2, eps,
                 OUT, False, BLOCK)
@@ -88,7 +102,7 @@ def _update(master, grad, exp_avg, exp_avg_sq, out, start, length, scale, take1,
 
 def launch(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
            out: torch.Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float,
-           weight_decay: float, scale: float) -> None:
+           weight_decay: float, control: torch.Tensor) -> None:
     """One step by one launch. Raises ValueError where a buffer is not contiguous or not as long as the others."""
     buffers = [master, grad, exp_avg, exp_avg_sq, *([] if out is None else [out])]
     length = master.numel()
@@ -100,16 +114,16 @@ def launch(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_
         return
     # Corrections in double, then fp32: 1 - beta2^t of small t would lose digits otherwise.
     adamw_kernel[(cdiv(length, BLOCK),)](
-        master, grad, exp_avg, exp_avg_sq, master if out is None else out, length, float(scale), 1.0 - beta1,
-        1.0 - beta2, float(lr * weight_decay), lr / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5, float(eps),
+        master, grad, exp_avg, exp_avg_sq, master if out is None else out, control, length, 1.0 - beta1, 1.0 - beta2,
+        float(lr * weight_decay), lr / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5, float(eps),
         OUT=out is not None, BLOCK=BLOCK, num_warps=WARPS)
 
 
 @torch.library.custom_op("triax::adamw_", mutates_args=("master", "exp_avg", "exp_avg_sq", "out"))
 def _adamw(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
            out: torch.Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float,
-           weight_decay: float, scale: float) -> None:
-    launch(master, grad, exp_avg, exp_avg_sq, out, step, lr, beta1, beta2, eps, weight_decay, scale)
+           weight_decay: float, control: torch.Tensor) -> None:
+    launch(master, grad, exp_avg, exp_avg_sq, out, step, lr, beta1, beta2, eps, weight_decay, control)
 
 
 @_adamw.register_fake

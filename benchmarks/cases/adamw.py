@@ -22,7 +22,9 @@ def buffers(device: torch.device, wide: bool) -> tuple[torch.Tensor, ...]:
 def ours(wide: bool) -> Build:
     def build(device: torch.device) -> Run:
         master, grad, exp_avg, exp_avg_sq, weights = buffers(device, wide)
-        return lambda: launch(master, grad, exp_avg, exp_avg_sq, None if wide else weights, 10, scale=SCALE, **OPTIONS)
+        control = torch.tensor([SCALE, 0.0], dtype=torch.float64, device=device)
+        return lambda: launch(master, grad, exp_avg, exp_avg_sq, None if wide else weights, 10, control=control,
+                              **OPTIONS)
 
     return build
 

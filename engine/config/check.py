@@ -175,7 +175,7 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
 
 def _check_optimizer(config: RunConfig) -> None:
     opt, save = config.optimizer, config.save
-    for flag in ("lr", "warmup", "weight_decay", "clip", "adam_eps"):
+    for flag in ("lr", "warmup", "weight_decay", "clip", "adam_eps", "skip_nonfinite"):
         _at_least(flag, getattr(opt, flag), 0)
     _at_least("min_lr", opt.min_lr or 0.0, 0)
     for flag in ("beta1", "beta2"):

@@ -108,6 +108,9 @@ class OptimizerConfig:
     """Epsilon of AdamW."""
     clip: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    skip_nonfinite: int = 0
+    """A step whose loss or gradient norm is not finite moves no weight and is skipped, but the Nth of them in a row
+    ends the run. With 0 the first one does."""
 
 
 @dataclass(frozen=True, kw_only=True)

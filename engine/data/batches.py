@@ -14,12 +14,14 @@ class Batch:
 
     begins [sequences, seq], bool: where a document begins, for attention that stays within documents; None where it
     does not.
-    lengths [sequences], int64: how many tokens of each sequence come before its padding; None where none is padded."""
+    lengths [sequences], int64: how many tokens of each sequence come before its padding; None where none is padded.
+    full: every token is supervised and none is padding, here and on all other dp ranks, so nobody need count them."""
 
     tokens: np.ndarray
     labels: np.ndarray
     begins: np.ndarray | None = None
     lengths: np.ndarray | None = None
+    full: bool = False
 
     def own_lengths(self) -> np.ndarray:
         """Tokens of each sequence, padding left out, int64 [sequences]."""
@@ -38,7 +40,7 @@ class Batch:
 
 def rows_of(batch: Batch, rows: int) -> list[Batch]:
     """The batch in parts of at most `rows` sequences."""
-    arrays = {name: array for name, array in vars(batch).items() if array is not None}
+    arrays = {name: array for name, array in vars(batch).items() if isinstance(array, np.ndarray)}
     return [Batch(**{name: array[i : i + rows] for name, array in arrays.items()})
             for i in range(0, len(batch.tokens), rows)]
 
@@ -87,7 +89,8 @@ def read(samples: Rows, start: int, count: int, documents: bool) -> Batch:
     """Samples start .. start + count - 1 as a batch; with `documents` it says where documents begin. The arrays are
     contiguous: a copy here, in the thread that reads ahead, saves one in the step."""
     rows = samples.rows(start, count)
-    return Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), samples.begins(start, count)[:, :-1] if documents else None)
+    begins = samples.begins(start, count)[:, :-1] if documents else None
+    return Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), begins, full=True)
 
 
 def share_of(batch: Batch, dp_rank: int, dp: int) -> Batch:

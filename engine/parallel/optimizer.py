@@ -1,9 +1,9 @@
 """The sharded optimizer (ZeRO stage 1, arXiv:1910.02054): each dp rank updates its rows of every bucket.
 
 Order of a step, and why: partial gradients are summed over tp (or the kv group, or the tied pair of stages) on the
-shard, after the dp sum, where they are smallest; then the global norm; then nothing moves if it is not finite; then
-clip, AdamW on the shard, and the all-gather of the new parameters, which the next forward pass waits for, layer by
-layer.
+shard, after the dp sum, where they are smallest; then the global norm; then the device decides whether the step is
+skipped, because something is not finite, and how far gradients are clipped; then AdamW on the shard, and the all-gather
+of the new parameters, which the next forward pass waits for, layer by layer.
 """
 
 from __future__ import annotations
@@ -43,43 +43,39 @@ class ShardedAdamW:
         self.moments = [_moments(bucket) for bucket in self.buckets]
         self.steps = 0
 
-    def step(self, lr: float) -> float:
-        """Updates the parameters with the gradients in the buckets; returns the global gradient norm before clipping.
+    def step(self, lr: float, control: torch.Tensor) -> None:
+        """Updates the parameters with the gradients in the buckets, unless `control` says to skip (see `control`).
 
-        A norm that is not finite is returned with nothing changed.
+        It is the step after `steps`, which the caller raises when it learns that none was skipped.
         """
-        self.arrive()
-        self._sum_partial()
-        norm = self.grad_norm()
-        if norm != norm or norm == float("inf"):
-            return norm
-        scale = min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip > 0 else 1.0
-        self.steps += 1
         # Buckets are in the order of the backward pass; the next forward pass waits for the first layers first.
         for bucket, state in reversed(list(zip(self.buckets, self.moments, strict=True))):
-            adamw_(state.master, bucket.shard_grads, state.exp_avg, state.exp_avg_sq, step=self.steps, lr=lr,
+            adamw_(state.master, bucket.shard_grads, state.exp_avg, state.exp_avg_sq, step=self.steps + 1, lr=lr,
                    beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.adam_eps,
-                   weight_decay=self.config.weight_decay if bucket.decay else 0.0, scale=scale,
+                   weight_decay=self.config.weight_decay if bucket.decay else 0.0, control=control,
                    out=bucket.shard_data if state.separate else None, by=self.by)
             bucket.gather()
-        return norm
 
     def arrive(self) -> None:
         """Returns when every parameter is whole: after `step` it waits for the rows that other ranks updated."""
         for bucket in self.buckets:
             bucket.arrive()
 
-    def grad_norm(self) -> float:
-        """The norm over the whole model, each logical element counted once (padding and copies left out)."""
+    def squares(self) -> torch.Tensor:
+        """Completes the gradients, and gives the sum of squares of this rank's part of them, a float64 scalar on the
+        device. Over the world each logical element counts once: padding and copies are left out."""
+        self.arrive()
+        self._sum_partial()
         views = [bucket.shard_grads[span]
                  for bucket in self.buckets for piece, span in bucket.shard_pieces() if piece.member.primary]
-        total = sum_of_squares(views, by=self.by) if views else torch.zeros((), dtype=torch.float64)
-        world = self.mesh.group("world")
-        if world is not None:
-            total = total.to(self.buckets[0].grads.device)
-            world.all_reduce_(total)
-        with self.mesh.heart.waits():  # on a GPU this is where the host waits for the other ranks' parts
-            return float(total.sqrt())
+        return sum_of_squares(views, by=self.by).to(self.buckets[0].grads.device)
+
+    def control(self, loss: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """(scale, skip), float64 [2] on the device: by what the gradients are multiplied to be clipped, and whether the
+        step is skipped because the loss or the global norm, the root of `squares`, is not finite."""
+        norm = squares.sqrt()
+        scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0) if self.config.clip > 0 else torch.ones_like(norm)
+        return torch.stack([scale, 1.0 - (loss.isfinite() & norm.isfinite()).double()])
 
     def _sum_partial(self) -> None:
         """Sums what each rank has only a part of: one flat message a group."""

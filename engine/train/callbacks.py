@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import math
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from engine.parallel.heart import Heart, Phase
 class StepRecord:
     """What is known of a step. `tokens` are the global batch's without padding, `supervised` those that the loss is
     taken on. Times in seconds, memory in bytes (the peak of rank 0's device or process); `crc` is a checksum of the
-    tokens the step read; `stopped` is set where the ranks have agreed to stop here."""
+    tokens the step read; `stopped` is set where the ranks have agreed to stop here; `skipped` where the loss or the
+    gradient norm is not finite and no weight has moved."""
 
     step: int
     loss: float
@@ -34,6 +36,7 @@ class StepRecord:
     memory: int
     crc: int
     stopped: bool = False
+    skipped: bool = False
     valid_loss: float | None = None
 
 
@@ -78,11 +81,15 @@ class Save:
 
 
 def metrics_line(record: StepRecord) -> dict[str, Any]:
-    """The line of metrics.jsonl: all digits of every float, no valid_loss where nothing was evaluated."""
-    line = asdict(record)
+    """The line of metrics.jsonl: all digits of every float, null where it is not finite (JSON has no such numbers), no
+    valid_loss where nothing was evaluated, and `skipped` where the step was."""
+    line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(record).items()}
     del line["crc"], line["stopped"]
     if record.valid_loss is None:
         del line["valid_loss"]
+    if not record.skipped:
+        del line["skipped"]
     return line
 
 
@@ -123,6 +130,7 @@ class Console:
 
     def __init__(self, steps: int, start: int, every: int) -> None:
         self.steps, self.every = steps, every
+        self.skipped = 0
         self.bar: Any = None
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -134,7 +142,9 @@ class Console:
     def after_step(self, record: StepRecord, last: bool) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=record.step)
-        if last or record.step % self.every == 0 or record.step == 1 or record.valid_loss is not None:
+        self.skipped += record.skipped
+        if (last or record.step % self.every == 0 or record.step == 1 or record.valid_loss is not None
+                or record.skipped):
             self.say(self.text(record))
         if last:
             self.close()
@@ -146,6 +156,8 @@ class Console:
                  f"grad norm {record.grad_norm:.3f}", f"{record.tokens_per_s:,.0f} tokens/s{learned}",
                  f"{record.step_s:.3f} s/step", f"data {record.data_s * 1e3:.1f} ms",
                  f"memory {record.memory / 2**30:.2f} GiB"]
+        if record.skipped:
+            parts.append(f"skipped: no weight has moved (skipped since the start: {self.skipped})")
         if record.mfu is not None:
             parts.insert(5, f"mfu {record.mfu:.1%}")
         if record.valid_loss is not None:

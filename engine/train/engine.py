@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from engine.errors import UserError
 from engine.kernels.cross_entropy import IGNORE
 from engine.kernels.dispatch import Kernels
 from engine.mesh import Mesh
-from engine.model import Decoder, Parts, stage_layers
+from engine.model import Decoder, Parts
 from engine.parallel.buckets import GradientBuckets, Replicas
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.executor import Chunk, Executor, make_chunks
@@ -25,6 +26,7 @@ from engine.parallel.heart import Phase
 from engine.parallel.init import initialize
 from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.optimizer import ShardedAdamW
+from engine.plan import balanced_stages
 from engine.train.schedule import learning_rate
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,11 +65,12 @@ class Engine:
                             config.parallel.sequence_parallel and mesh.size("tp") > 1)
         self.parts = Parts(config.model, tp, dtype, device, kernels or Kernels(), config.runtime.recompute)
         virtual = config.parallel.virtual_stages
-        self.stages = stage_layers(config.model.layers, mesh.size("pp") * virtual)
+        self.stages = balanced_stages(config, mesh.size("pp") * virtual)
         self.chunks: list[Chunk] = make_chunks(mesh, virtual, self._build)
         self.executor = Executor(self.chunks, mesh, config.parallel.schedule)
         self.optimizer = ShardedAdamW([c.buckets for c in self.chunks if c.buckets], config.optimizer, mesh,
                                       self.parts.kernels.optimizer)
+        self.positions = lru_cache(2)(lambda seq: torch.arange(seq, device=device))  # one tensor for equal lengths
         self.step = 0
 
     def _build(self, stage: int) -> tuple[Decoder, GradientBuckets]:
@@ -101,10 +104,14 @@ class Engine:
         loss_sum = self.executor.train(micros, total)
         lr = learning_rate(self.config.optimizer, self.step, self.config.batch.steps)
         self.mesh.heart.enter(Phase.OPTIMIZER)
-        loss, crc, stops = self._report(loss_sum, crc_of(batch), stop)
-        norm = self.optimizer.step(lr) if math.isfinite(loss) else math.nan
+        numbers = self._report(loss_sum, crc_of(batch), stop, self.optimizer.squares())
+        self.optimizer.step(lr, self.optimizer.control(numbers[0], numbers[3]))
+        loss, crc, stops, norm2 = self._read(numbers)  # the device is at work on the update by now
         self.step += 1
-        return StepResult(loss / total, norm, lr, read, total, squares, crc, stops)
+        result = StepResult(loss / total, math.sqrt(norm2), lr, read, total, squares, int(crc), stops > 0)
+        if result.finite:
+            self.optimizer.steps += 1
+        return result
 
     def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
         """Mean loss over the supervised tokens of all batches of all dp ranks; None when any rank's `stop()` has become
@@ -113,12 +120,12 @@ class Engine:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         total = 0
         for done, batch in enumerate(batches):
-            if done and self._report(torch.zeros_like(loss), 0, stop())[2]:
+            if done and self._read(self._report(torch.zeros_like(loss), 0, stop()))[2]:
                 return None
             micros = self._micro_batches(batch)
             total += self._counts(batch)[0]
             loss += self.executor.evaluate(micros)
-        return self._report(loss, 0, False)[0] / max(1, total)
+        return self._read(self._report(loss, 0, False))[0] / max(1, total)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """The batch on the device, cut into micro-batches; under sequence parallelism padded to a length that tp
@@ -129,7 +136,7 @@ class Engine:
         if padded > seq:
             tokens = F.pad(tokens, (0, padded - seq))
             labels = F.pad(labels, (0, padded - seq), value=IGNORE)
-        positions = torch.arange(padded, device=self.device)
+        positions = self.positions(padded)
         cumulative = batch.cumulative(size, padded)
         documents = None if cumulative is None else [self._to_device(lengths) for lengths in cumulative]
         return [MicroBatch(part, positions, own, None if documents is None else documents[i])
@@ -140,7 +147,11 @@ class Engine:
 
     def _counts(self, batch: Batch) -> tuple[int, int, int]:
         """(supervised tokens, tokens, squares) of the global batch, as in StepResult; summed over dp in one message,
-        before the backward pass, which divides by the first."""
+        before the backward pass, which divides by the first. A full batch needs none: then the host waits for the
+        device once a step, at its end."""
+        if batch.full:
+            sequences, seq = batch.tokens.shape[0] * self.mesh.size("dp"), batch.tokens.shape[1]
+            return sequences * seq, sequences * seq, sequences * seq * seq
         lengths = batch.own_lengths()
         own = [np.count_nonzero(batch.labels != IGNORE), lengths.sum(), (lengths * lengths).sum()]
         counts = torch.tensor([int(number) for number in own], device=self.device)
@@ -151,24 +162,27 @@ class Engine:
             supervised, tokens, squares = counts.tolist()
         return supervised, tokens, squares
 
-    def _report(self, loss: torch.Tensor, crc: int, stop: bool) -> tuple[float, int, bool]:
-        """Sums over the world, in one message: the loss (the last stage's, once a tp group), the samples' checksum
-        (once a dp rank) and the wish to stop."""
+    def _report(self, loss: torch.Tensor, crc: int, stop: bool, squares: torch.Tensor | None = None) -> torch.Tensor:
+        """Sums over the world, in one message, float64 [4] on the device: the loss (the last stage's, once a tp group),
+        the samples' checksum (once a dp rank), the wish to stop, and the gradients' squares."""
         voice = self.mesh.tp == 0 and self.mesh.pp == self.mesh.size("pp") - 1
-        numbers = torch.stack([loss if voice else torch.zeros_like(loss),
-                               loss.new_tensor(float(crc if voice else 0)), loss.new_tensor(float(stop))])
-        total, crcs, stops = self._sum(numbers)
-        return total, int(crcs), stops > 0
+        own = loss.new_tensor([float(crc if voice else 0), float(stop)])
+        squares = torch.zeros_like(loss) if squares is None else squares
+        return self._sum(torch.cat([(loss if voice else torch.zeros_like(loss)).view(1), own, squares.view(1)]))
 
     def agree(self, numbers: Sequence[float]) -> list[float]:
         """The sums of some numbers over all ranks; every rank calls it with as many."""
-        return self._sum(torch.tensor(numbers, dtype=torch.float64, device=self.device))
+        return self._read(self._sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)))
 
-    def _sum(self, numbers: torch.Tensor) -> list[float]:
-        """The one message of the whole world: sums of float64 numbers, on the host."""
+    def _sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The one message of the whole world: sums of float64 numbers."""
         world = self.mesh.group("world")
         if world is not None:
             world.all_reduce_(numbers)
+        return numbers
+
+    def _read(self, numbers: torch.Tensor) -> list[float]:
+        """Numbers of the device on the host, which waits for them here."""
         with self.mesh.heart.waits():
             return numbers.tolist()  # type: ignore[no-any-return]
 

@@ -19,10 +19,11 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
           stop: StopRequest) -> bool:
     """Trains from `engine.step` to the last step; returns False when a signal ended the run early.
 
-    `mfu` turns FLOP/s into the share of the machine's peak. Raises Diverged before a weight moves when the
-    loss or the gradient norm is not finite.
+    `mfu` turns FLOP/s into the share of the machine's peak. A step whose loss or gradient norm is not finite moves no
+    weight, and the last of so many of them in a row as --skip-nonfinite allows raises Diverged.
     """
     config, heart = engine.config.batch, engine.mesh.heart
+    in_a_row, limit = 0, max(1, engine.config.optimizer.skip_nonfinite)
     final = min(config.steps, config.stop_after or config.steps)
     stop.begin()
     with Prefetch(batches, engine.step, final) as reader:
@@ -32,9 +33,11 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
             batch = reader.step(engine.step)
             waited = time.perf_counter() - start
             result = engine.train_step(batch, stop.asked)
-            if not result.finite:
-                raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight "
-                               "has moved. Lower --lr, lengthen --warmup, or look at the data of this step")
+            in_a_row = 0 if result.finite else in_a_row + 1
+            if in_a_row == limit:
+                raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
+                               f"{_no_weight_has_moved(limit)}. Lower --lr, lengthen --warmup, or look at the data of "
+                               "this step")
             record = _record(engine, result, time.perf_counter() - start, waited, mfu)
             for callback in callbacks:
                 heart.enter(Phase.CALLBACK)  # one that saves or evaluates says so itself
@@ -44,10 +47,14 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
     return True
 
 
+def _no_weight_has_moved(steps: int) -> str:
+    return "no weight has moved" if steps == 1 else f"no weight has moved in {steps} steps (--skip-nonfinite {steps})"
+
+
 def _record(engine: Engine, result: StepResult, seconds: float, waited: float,
             mfu: Callable[[float], float | None]) -> StepRecord:
     flops = flops_of(engine.config.model, result.tokens, result.squares)
     return StepRecord(step=engine.step, loss=result.loss, lr=result.lr, grad_norm=result.grad_norm,
                       tokens=result.tokens, supervised=result.supervised, tokens_per_s=result.tokens / seconds,
                       mfu=mfu(flops / seconds), step_s=seconds, data_s=waited, memory=peak_memory(engine.device),
-                      crc=result.crc, stopped=result.stop)
+                      crc=result.crc, stopped=result.stop, skipped=not result.finite)

@@ -22,6 +22,13 @@ ROOT = Path(__file__).parents[2]
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 STEPS = 10
+
+
+def control(scale: float, skip: bool = False) -> torch.Tensor:
+    """What the engine computes on the device: by what the gradient is multiplied, and whether nothing is written."""
+    return torch.tensor([scale, float(skip)], dtype=torch.float64, device=DEVICE)
+
+
 LENGTHS = [1000, BLOCK, 2 * BLOCK + 5]
 
 
@@ -42,9 +49,10 @@ def gradients(length: int, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.0}, {"scale": 0.37}, {"beta2": 0.999, "eps": 1e-6}],
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.0}, {"control": control(0.37)},
+                                     {"beta2": 0.999, "eps": 1e-6}],
                          ids=["decay", "no-decay", "clipped", "slow"])
-def test_ten_steps_are_as_good_as_torchs(length: int, changes: dict[str, float]) -> None:
+def test_ten_steps_are_as_good_as_torchs(length: int, changes: dict[str, Any]) -> None:
     inputs = [normal(length, seed=99), gradients(length, 1.0)]
     assert_as_good(ten_steps("triton", **changes), ten_steps("torch", **changes), inputs, torch.float32)
 
@@ -115,8 +123,21 @@ def test_buffers_that_begin_anywhere_give_the_same_numbers_and_nothing_around_th
     assert all((rest == 7.0).all() for rest in around)
 
 
+@pytest.mark.parametrize("by", ["torch", "triton"])
+def test_a_step_that_is_skipped_writes_nothing(by: str) -> None:
+    length = BLOCK + 9
+    buffers = [normal(length, seed=number).abs().float() for number in range(4)]
+    buffers[1][3] = torch.inf
+    out = torch.full((length,), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    if by == "torch":
+        out.copy_(buffers[0])  # the weights are the master weights rounded, before and after
+    known = [buffer.clone() for buffer in (buffers[0], *buffers[2:], out)]
+    adamw_(*buffers, step=3, control=control(torch.nan, skip=True), out=out, by=by, **OPTIONS)
+    assert all(torch.equal(one, other) for one, other in zip((buffers[0], *buffers[2:], out), known, strict=True))
+
+
 def test_two_runs_give_the_same_bits() -> None:
-    assert_repeats(ten_steps("triton", scale=0.5), [normal(2000), gradients(2000, 1.0)], torch.float32)
+    assert_repeats(ten_steps("triton", control=control(0.5)), [normal(2000), gradients(2000, 1.0)], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -124,7 +145,7 @@ def test_torchs_step_has_the_bits_of_its_fused_kernel_after_a_multiplication(dty
     for scale in (1.0, 0.37):
         found, known = ([normal(500, seed=seed).abs().to(dtype) for seed in range(4)] for _ in range(2))
         out = torch.empty(500, dtype=torch.bfloat16, device=DEVICE)
-        adamw_(*found, step=4, scale=scale, out=out, **OPTIONS)
+        adamw_(*found, step=4, control=control(scale), out=out, **OPTIONS)
         known[1].mul_(scale)
         torch._fused_adamw_([known[0]], [known[1]], [known[2]], [known[3]], [], [torch.tensor(4.0, device=DEVICE)],
                             amsgrad=False, maximize=False, **OPTIONS)
@@ -154,7 +175,7 @@ def test_a_buffer_past_two_to_the_31_elements_is_addressed(monkeypatch: pytest.M
     adamw_(*short, step=2, by="triton", **OPTIONS)
     if INTERPRETING:
         run_programs(range(programs - 2, programs), monkeypatch)
-    launch(*buffers, weights, 2, scale=1.0, **OPTIONS)
+    launch(*buffers, weights, 2, control=control(1.0), **OPTIONS)
     for end, expected in zip(ends, short, strict=True):
         torch.testing.assert_close(end, expected, rtol=1e-6, atol=0)
     assert torch.equal(weights[-BLOCK - 5 :], rounded(ends[0], torch.bfloat16))
@@ -183,7 +204,7 @@ def test_the_operation_is_one_that_torch_can_trace() -> None:
     buffers = [normal(300, seed=number).abs().float() for number in range(4)]
     numbers = tuple(OPTIONS[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay"))
     for out in (None, torch.empty(300, dtype=torch.bfloat16, device=DEVICE)):
-        torch.library.opcheck(_adamw, (*buffers, out, 3, *numbers, 0.5))
+        torch.library.opcheck(_adamw, (*buffers, out, 3, *numbers, control(0.5)))
 
     def step(master: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         adamw_(master, grad, m, v, step=3, out=out, by="triton", **OPTIONS)
@@ -203,7 +224,8 @@ import common, resources, torch
 from engine.kernels.adamw import launch
 def flat(length, dtype=torch.float32):
     return torch.empty(length, dtype=dtype, device="meta")
-options = dict(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, scale=1.0)
+options = dict(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1,
+               control=flat(2, torch.float64))
 with resources.compiling(90) as found:
     launch(*(flat(1003) for _ in range(4)), flat(1003, torch.bfloat16), **options)
 text = found[0][1].asm["ptx"]
