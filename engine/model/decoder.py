@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import cast
 
 import torch
@@ -99,6 +100,7 @@ class Decoder(nn.Module):
         config = parts.config
         self.parts = parts
         self.first, self.last = first, last
+        self.turned: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         head_name = EMBEDDING if config.tied else "lm_head.weight"
         weight = self._vocab(EMBEDDING, primary=True) if first else None
         self.embedding = Embedding(weight, parts) if weight is not None else None
@@ -147,10 +149,13 @@ class Decoder(nn.Module):
         return self.head.loss(x, labels, None)[0]
 
     def _rope(self, positions: torch.Tensor) -> Rope:
+        """The tables of sines and cosines; those of the last positions are kept, which the next micro-batch shares."""
         config = self.parts.config
         if config.family == "gpt2":
             return None
-        return rope_table(positions, config.head_dim, config.rope_theta, self.parts.dtype)
+        if self.turned is None or self.turned[0] is not positions:
+            self.turned = positions, rope_table(positions, config.head_dim, config.rope_theta, self.parts.dtype)
+        return self.turned[1]
 
     def boundary(self, batch: int, seq: int) -> torch.Tensor:
         """Empty memory for an activation between stages: [batch, seq or seq/tp, hidden]."""
@@ -159,10 +164,19 @@ class Decoder(nn.Module):
         return torch.empty(batch, part, parts.config.hidden, dtype=parts.dtype, device=parts.device)
 
 
-def stage_layers(layers: int, stages: int) -> list[range]:
-    """The layers of each stage; the first stages take one more where they do not divide (the last has the head)."""
-    each, more = divmod(layers, stages)
-    bounds = [0]
-    for stage in range(stages):
-        bounds.append(bounds[-1] + each + (stage < more))
-    return [range(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+def stage_layers(layers: int, stages: int, head: float = 0.0) -> list[range]:
+    """The layers of each stage: every stage has one, and the one with the most work has as little as can be. `head` is
+    the work of the last stage's head, in layers.
+
+    What does not divide falls to the first stages: their forward passes overlap with those of the stages after them.
+    """
+    others = max(1, stages - 1)
+
+    def most(last: int) -> float:
+        return max(last + head, -(-(layers - last) // others))
+
+    last = layers if stages == 1 else min(range(layers - others, 0, -1), key=most)
+    each, more = divmod(layers - last, others)
+    sizes = [each + (stage < more) for stage in range(stages - 1)] + [last]
+    bounds = [0, *accumulate(sizes)]
+    return [range(low, high) for low, high in pairwise(bounds)]

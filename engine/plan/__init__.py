@@ -2,7 +2,7 @@
 
 from engine.plan.estimate import Memory, Plan, StagePlan, estimate
 from engine.plan.fit import available_memory, require_memory
-from engine.plan.flops import flops_of, flops_per_token, parameters, peak_flops
+from engine.plan.flops import balanced_stages, flops_of, flops_per_token, parameters, peak_flops
 
 __all__ = [
     "Memory",
@@ -10,6 +10,7 @@ __all__ = [
     "StagePlan",
     "available_memory",
     "estimate",
+    "balanced_stages",
     "flops_of",
     "flops_per_token",
     "parameters",

@@ -10,12 +10,12 @@ import torch
 from engine.config import Layout, RunConfig
 from engine.config.presets import title
 from engine.kernels.dispatch import Kernels
-from engine.model import Decoder, Parts, stage_layers
+from engine.model import Decoder, Parts
 from engine.parallel.buckets import GradientBuckets, Replicas
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.schedule import Action, Kind, Schedule, build_schedule, stage_of
 from engine.parallel.simulator import simulate
-from engine.plan.flops import flops_per_token, layer_attention, layer_matrices, parameters
+from engine.plan.flops import balanced_stages, flops_per_token, layer_attention, layer_matrices, parameters
 from engine.plan.trace import META, Activations, Shape, Tracer
 from engine.plan.units import bytes_text, count_text, flops_text, table
 
@@ -119,7 +119,7 @@ def estimate(config: RunConfig, layout: Layout, dtype: torch.dtype, tracer: Trac
     shape = Shape(model=config.model, dtype=dtype, tp=layout.tp, sequence_parallel=par.sequence_parallel,
                   recompute=config.runtime.recompute, kernels=kernels or _torch_kernels(config),
                   micro_batch=batch.micro_batch, seq_len=batch.seq_len)
-    spans = stage_layers(config.model.layers, layout.pp * par.virtual_stages)
+    spans = balanced_stages(config, layout.pp * par.virtual_stages)
     planner = _Planner(shape, layout, spans, tracer or Tracer())
     stages = tuple(planner.stage(rank, actions) for rank, actions in enumerate(schedule))
     return Plan(config, layout, dtype, parameters(config.model), flops_per_token(config.model, batch.seq_len),

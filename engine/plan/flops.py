@@ -7,8 +7,8 @@ from math import prod
 
 import torch
 
-from engine.config import ModelConfig
-from engine.model import Decoder, Parts
+from engine.config import ModelConfig, RunConfig
+from engine.model import Decoder, Parts, stage_layers
 from engine.parallel.sharding import shard_of
 
 PEAKS = (
@@ -57,6 +57,14 @@ def layer_matrices(model: ModelConfig) -> int:
 def layer_attention(model: ModelConfig, seq_len: int) -> float:
     """FLOPs a token of one layer's causal attention, forward: two products of 2 head_dim over seq_len / 2 keys."""
     return 2.0 * model.heads * model.head_dim * seq_len
+
+
+def balanced_stages(config: RunConfig, stages: int) -> list[range]:
+    """The layers of each of a pipeline's stages, the head's FLOPs weighed against those of layers."""
+    model, seq = config.model, config.batch.seq_len
+    passes = 4.0 if config.runtime.recompute else 3.0  # a forward, a backward of twice the work, and a second forward
+    layer = passes * (2.0 * layer_matrices(model) + layer_attention(model, seq))
+    return stage_layers(model.layers, stages, 6.0 * model.vocab_size * model.hidden / layer)
 
 
 def parameters(model: ModelConfig) -> int:

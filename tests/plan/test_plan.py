@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import Layout, RunConfig, check, parse
@@ -17,8 +19,20 @@ from engine.model import Decoder, Parts, stage_layers
 from engine.parallel.buckets import GradientBuckets
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.optimizer import ShardedAdamW
-from engine.plan import available_memory, estimate, flops_of, flops_per_token, parameters, peak_flops, require_memory
+from engine.parallel.schedule import build_schedule
+from engine.parallel.simulator import simulate
+from engine.plan import (
+    available_memory,
+    balanced_stages,
+    estimate,
+    flops_of,
+    flops_per_token,
+    parameters,
+    peak_flops,
+    require_memory,
+)
 from engine.plan.fit import main_memory, states_at_least
+from engine.plan.flops import layer_attention, layer_matrices
 from engine.plan.trace import Live, Tracer
 
 LLAMA = "--layers 3 --hidden 64 --ffn-hidden 160 --heads 4 --kv-heads 2 --vocab-size 251 --seq-len 96 --micro-batch 2"
@@ -125,7 +139,7 @@ def test_tensor_and_sequence_parallel_activations_shrink() -> None:
 def test_every_stage_holds_what_its_own_modules_hold(layout: Layout, flags: str) -> None:
     config = config_of(f"{flags} --global-batch 24 --tp {layout.tp} --pp {layout.pp}")
     plan = estimate(config, layout, torch.bfloat16)
-    spans = stage_layers(config.model.layers, layout.pp)
+    spans = balanced_stages(config, layout.pp)
     for stage, layers in zip(plan.stages, spans, strict=True):
         model = Decoder(Parts(config.model, TensorParallel(None, 0, layout.tp)), layers, first=stage.rank == 0,
                         last=stage.rank == layout.pp - 1)
@@ -136,6 +150,44 @@ def test_every_stage_holds_what_its_own_modules_hold(layout: Layout, flags: str)
         assert count <= shard * layout.dp <= 1.05 * count
         assert stage.memory.gradients == 2 * stage.memory.weights + (4 * shard if layout.dp > 1 else 0)
         assert stage.in_flight == min(plan.micro_batches, layout.pp - stage.rank)
+
+
+@pytest.mark.parametrize(("layers", "stages", "head", "wanted"), [
+    (32, 1, 2.4, [32]), (32, 4, 0.0, [8, 8, 8, 8]), (32, 4, 2.4, [9, 9, 8, 6]), (32, 8, 2.4, [5, 5, 4, 4, 4, 4, 4, 2]),
+    (5, 2, 0.1, [3, 2]), (5, 4, 0.1, [2, 1, 1, 1]), (4, 4, 9.0, [1, 1, 1, 1]), (6, 4, 9.0, [2, 2, 1, 1])])
+def test_stages_weigh_the_head(
+        layers: int, stages: int, head: float, wanted: list[int]) -> None:
+    spans = stage_layers(layers, stages, head)
+    assert [len(span) for span in spans] == wanted
+    assert [layer for span in spans for layer in span] == list(range(layers))
+
+
+@given(st.integers(1, 9), st.integers(0, 30), st.floats(0, 20))
+def test_no_stages_are_lighter(stages: int, more: int, head: float) -> None:
+    """Against every number of layers of the last stage, the others being as equal as can be."""
+    layers = stages + more
+    sizes = [len(span) for span in stage_layers(layers, stages, head)]
+    assert min(sizes) >= 1
+    if stages > 1:
+        assert max(*sizes[:-1], sizes[-1] + head) <= min(
+            max(last + head, -(-(layers - last) // (stages - 1))) for last in range(1, layers - stages + 2))
+
+
+@pytest.mark.parametrize(("pp", "most"), [(4, 0.89), (8, 0.81)])
+def test_a_step_of_an_8b_model_takes_so_much_of_one_with_equal_stages(pp: int, most: float) -> None:
+    """By FLOPs, 64 micro-batches."""
+    config = config_of("--layers 32 --hidden 4096 --ffn-hidden 14336 --heads 32 --kv-heads 8 --vocab-size 128256 "
+                       f"--seq-len 4096 --micro-batch 1 --global-batch 64 --pp {pp}")
+    schedule = build_schedule("1f1b", pp, 1, 64)
+    model = config.model
+    layer = 2.0 * layer_matrices(model) + layer_attention(model, 4096)
+
+    def seconds(spans: list[range]) -> float:
+        times = [len(span) * layer for span in spans]
+        times[-1] += 2.0 * model.vocab_size * model.hidden
+        return simulate(schedule, times, [2.0 * time for time in times]).makespan
+
+    assert seconds(balanced_stages(config, pp)) / seconds(stage_layers(32, pp)) < most
 
 
 def test_bubble_and_accumulation_are_those_of_the_schedule() -> None:
