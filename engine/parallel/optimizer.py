@@ -18,7 +18,7 @@ from engine.kernels.adamw import adamw_
 from engine.kernels.gradient_norm import sum_of_squares
 from engine.mesh import Mesh
 from engine.parallel.buckets import Bucket, GradientBuckets
-from engine.parallel.sharding import Entry, pieces, shard_of
+from engine.parallel.sharding import Entry
 
 
 @dataclass
@@ -54,6 +54,11 @@ class ShardedAdamW:
                    beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.adam_eps,
                    weight_decay=self.config.weight_decay if bucket.decay else 0.0, control=control,
                    out=bucket.shard_data if state.separate else None, by=self.by)
+            bucket.gather()
+
+    def gather(self) -> None:
+        """Starts to give every rank the rows of the parameters that others have loaded; all ranks call it."""
+        for bucket in reversed(self.buckets):
             bucket.gather()
 
     def arrive(self) -> None:
@@ -104,7 +109,7 @@ class ShardedAdamW:
             second.copy_(first.add_(second))
 
     def entries(self) -> Iterator[Entry]:
-        """This rank's part of a checkpoint, to save: weights, master weights and moments of its rows."""
+        """This rank's part of a checkpoint, to save or to load: weights, master weights and moments of its rows."""
         self.arrive()
         for bucket, state in zip(self.buckets, self.moments, strict=True):
             parts = [("model", bucket.shard_data), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)]
@@ -113,13 +118,6 @@ class ShardedAdamW:
             for piece, span in bucket.shard_pieces():
                 for kind, flat in parts:
                     yield Entry(kind, piece, flat[span].view(piece.extent))
-
-    def weight_entries(self) -> Iterator[Entry]:
-        """Every local parameter whole, to load weights into."""
-        for bucket in self.buckets:
-            for slot in bucket.slots:
-                for piece in pieces(shard_of(slot.parameter), 0, slot.rows):
-                    yield Entry("model", piece, slot.parameter.detach()[slice(*piece.rows)])
 
     def reset_master(self) -> None:
         """Takes the master weights from the parameters, after weights were initialised or loaded without them."""

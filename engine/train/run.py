@@ -70,10 +70,11 @@ MakeFeed = Callable[[Job, Mesh, int], Feed]
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Weights, optimizer and step of a checkpoint, whatever layout wrote it. Raises UserError where it does not fit."""
-    optimizer = [entry for entry in engine.optimizer.entries() if entry.kind != "model"]
-    checkpoint.load([*engine.optimizer.weight_entries(), *optimizer], expected=logical_shapes(engine.config.model))
-    refuse_nonfinite(str(checkpoint.folder), [*engine.optimizer.weight_entries(), *optimizer])
+    """This rank's rows of a checkpoint's weights and optimizer state, and its step, whatever layout wrote it; the other
+    rows come by `engine.optimizer.gather()`. Raises UserError where it does not fit."""
+    entries = list(engine.optimizer.entries())
+    checkpoint.load(entries, expected=logical_shapes(engine.config.model))
+    refuse_nonfinite(str(checkpoint.folder), entries)
     engine.step = checkpoint.step
     engine.optimizer.steps = checkpoint.optimizer_steps
 
@@ -104,6 +105,7 @@ class _Session:
         self.engine = Engine(job.config, mesh, job.device, job.dtype, job.kernels)
         self.guard = WatchFolder(lock.in_place, self.stop.request) if lock is not None else None
         self.origin = agreed(self._start, mesh, job.device)
+        self.engine.optimizer.gather()  # each dp rank has read its own rows
         self.feed = agreed(lambda: make_feed(job, mesh, self.origin), mesh, job.device)
         self.assets = self._assets() if place.rank == 0 and self.out is not None else {}
 
@@ -125,9 +127,8 @@ class _Session:
         if start.weights is not None:
             source: TensorSource = open_hf(start.weights.folder) if start.checkpoint is None else (
                 start.checkpoint.source())
-            masters = [entry for entry in engine.optimizer.entries() if entry.kind == "master"]
-            source = grown(source, expected, VOCABULARY)
-            load_weights(source, [*engine.optimizer.weight_entries(), *masters], expected)
+            own = [entry for entry in engine.optimizer.entries() if entry.kind in ("model", "master")]
+            load_weights(grown(source, expected, VOCABULARY), own, expected)
             return 0
         engine.initialize()
         return 0

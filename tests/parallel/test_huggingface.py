@@ -32,7 +32,9 @@ def run_tp(rank: int, world: int, folder: str, out: str) -> Any:
     source = open_hf(folder)
     config = build(parse_values([*FLAGS.split(), "--tp", str(world)]), source.config)
     engine = toys.make_engine(config, rank, world)
-    load_weights(source, engine.optimizer.weight_entries(), logical_shapes(config.model))
+    own = [entry for entry in engine.optimizer.entries() if entry.kind == "model"]
+    load_weights(source, own, logical_shapes(config.model))
+    engine.optimizer.gather()
     batch = toys.make_batch(config, 0, 0, 1)
     model = next(engine.models())
     with torch.no_grad():

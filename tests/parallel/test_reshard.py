@@ -51,6 +51,7 @@ def load_and_go_on(rank: int, world: int, flags: str, root: Path, steps: int) ->
     another seed."""
     engine = toys.make_engine(toys.make_config(f"{flags} --seed 99"), rank, world)
     restore(engine, open_checkpoint(root / f"step-{SAVED:08d}"))
+    engine.optimizer.gather()
     engine.config = toys.make_config(flags)  # the seed of the batches
     loaded = state(engine)
     return toys.train(engine, steps - SAVED), loaded if rank == 0 else None
