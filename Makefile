@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-oldest soak lint docs bench gpu gpu-test gpu-races gpu-bench clean
+.PHONY: help env demo test test-fast test-oldest soak lint docs bench gpu gpu-first gpu-test gpu-races gpu-bench clean
 
 TORCH := torch==2.13.0
 PY := .venv/bin/python
@@ -55,6 +55,9 @@ bench: $(STAMP)  ## every benchmark; results as JSON beside them
 
 gpu: $(READY)  ## on a CUDA GPU gpu-test, gpu-races and gpu-bench; elsewhere one line. PY=python3 builds no .venv
 	@if $(SEES_GPU); then for step in test races bench; do $(MAKE) --no-print-directory gpu-$$step; done; else $(NO_GPU); fi
+
+gpu-first: $(READY)  ## the first minutes on a new GPU: every kernel, a step by Triton and by torch, the 7B step; SAVE=DIR
+	@if $(SEES_GPU); then $(PY) benchmarks/first_run.py $(if $(SAVE),--save $(SAVE)); else $(NO_GPU); fi
 
 gpu-test: $(READY)  ## the tests of the kernels, compiled for this GPU
 	@if $(SEES_GPU); then $(PY) -m pytest tests/kernels; else $(NO_GPU); fi

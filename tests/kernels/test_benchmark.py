@@ -258,12 +258,22 @@ def test_without_a_gpu_it_says_what_is_missing_and_what_runs_instead() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_make_targets_of_a_gpu_say_that_there_is_none_and_build_nothing(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
-    for target in ("gpu", "gpu-bench"):
+    for target in ("gpu", "gpu-first", "gpu-bench"):
         command = ["make", "--no-print-directory", target, f"PY={sys.executable}"]  # the suite itself may run in make
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"make {target}: no torch that sees a CUDA GPU here, nothing was run\n"
     assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu-first")
+def test_the_first_run_on_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/first_run.py", "--tiny", "--save", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "failed: nothing", done.stdout + done.stderr
+    checks = json.loads((tmp_path / "first_run.json").read_text())["checks"]
+    assert len(checks) > 25 and {check["how"] for check in checks} == {"PASS"}
 
 
 def test_what_the_sanitizer_said_is_told_in_a_line(sanitize: ModuleType) -> None:
