@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Batch:
 
 def rows_of(batch: Batch, rows: int) -> list[Batch]:
     """The batch in parts of at most `rows` sequences."""
-    arrays = {name: array for name, array in vars(batch).items() if isinstance(array, np.ndarray)}
+    arrays: dict[str, Any] = {name: array for name, array in vars(batch).items() if isinstance(array, np.ndarray)}
     return [Batch(**{name: array[i : i + rows] for name, array in arrays.items()})
             for i in range(0, len(batch.tokens), rows)]
 
