@@ -43,6 +43,7 @@ def alone(flags: str, kernels: Kernels) -> verify.Trace:
     return trace(flags, kernels, Mesh(Layout(), 0, dict.fromkeys(AXES, 0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_on_triton_is_the_run_on_torch(model: str) -> None:
     flags = f"{MODELS[model]} {FP32}"
@@ -53,6 +54,7 @@ def test_a_run_on_triton_is_the_run_on_torch(model: str) -> None:
     assert max(errors.values()) <= 5e-6, errors
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_recomputed_blocks_give_the_same_bits() -> None:
     flags = f"{toys.MODELS['qwen3']} {FP32}"
@@ -68,6 +70,7 @@ def tp2(rank: int, world: int, flags: str) -> Any:
     return found.curve, {name: tensor.numpy() for name, tensor in found.gradients.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the ranks of this test share no GPU")
 @pytest.mark.parametrize("layout", ["--tp 2", "--tp 2 --sequence-parallel"])
 def test_tensor_parallel_triton_equals_one_process(ranks: Any, layout: str) -> None:

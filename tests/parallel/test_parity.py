@@ -95,7 +95,8 @@ def compare(results: list[Any], reference: Any, bound: float, gradient_bound: fl
     assert last.keys() == toys.assemble(final).keys()
 
 
-@pytest.mark.parametrize(("model", "layout"), PAIRS)
+@pytest.mark.parametrize(("model", "layout"), [
+    pytest.param(*pair, marks=() if pair[0] == "llama" else pytest.mark.slow) for pair in PAIRS])
 def test_fp64_equals_one_process(ranks: Any, single: Any, model: str, layout: str) -> None:
     world, flags = LAYOUTS[layout]
     reference = single(toys.MODELS[model])

@@ -32,6 +32,7 @@ def raced(rank: int, world: int, flags: str, steps: int, shared: bool) -> Any:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-memory", "gloo"])
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_run_under_watch_equals_one_process(ranks: Any, model: str, layout: str, shared: bool) -> None:
