@@ -55,7 +55,6 @@ def test_a_run_on_triton_is_the_run_on_torch(model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_recomputed_blocks_give_the_same_bits() -> None:
     flags = f"{toys.MODELS['qwen3']} {FP32}"
     once, again = alone(flags, FUSED), alone(f"{flags} --recompute", FUSED)
