@@ -74,7 +74,7 @@ def run_rank(body: Callable[[Place], int], *, alone: bool = False) -> int:
 
 
 def _crash(place: Place, error: Exception) -> NoReturn:
-    """Shows what a rank has crashed of, and ends its process."""
+    """Shows why a rank has crashed, and ends its process."""
     told = isinstance(error, Reported)
     cause = error.__cause__ if told else error
     assert cause is not None

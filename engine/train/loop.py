@@ -35,9 +35,9 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
             result = engine.train_step(batch, stop.asked)
             in_a_row = 0 if result.finite else in_a_row + 1
             if in_a_row == limit:
-                raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
-                               f"{_no_weight_has_moved(limit)}. Lower --lr, lengthen --warmup, or look at the data of "
-                               "this step")
+                steps = f" in {limit} steps (--skip-nonfinite {limit})" if limit > 1 else ""
+                raise Diverged(f"step {engine.step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight "
+                               f"has moved{steps}. Lower --lr, lengthen --warmup, or look at the data of this step")
             record = _record(engine, result, time.perf_counter() - start, waited, mfu)
             for callback in callbacks:
                 heart.enter(Phase.CALLBACK)  # one that saves or evaluates says so itself
@@ -45,10 +45,6 @@ def train(engine: Engine, batches: Batches, callbacks: Sequence[Callback], mfu: 
             if record.stopped:
                 return engine.step == final
     return True
-
-
-def _no_weight_has_moved(steps: int) -> str:
-    return "no weight has moved" if steps == 1 else f"no weight has moved in {steps} steps (--skip-nonfinite {steps})"
 
 
 def _record(engine: Engine, result: StepResult, seconds: float, waited: float,
