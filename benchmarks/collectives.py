@@ -23,7 +23,7 @@ from common import keep, table
 if TYPE_CHECKING:
     import torch
 
-    from engine.parallel.comm import Comm
+    from engine.comm.comm import Comm
 
 SIZES = {"4 KB": 1 << 12, "2 MB": 1 << 21, "32 MB": 1 << 25}
 BYTES_A_TURN = 1 << 26

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from engine.comm.comm import Comm, TorchComm
+from engine.comm.heart import Heart
+from engine.comm.local.shared import share
 from engine.config import Layout
-from engine.parallel.comm import Comm, TorchComm
-from engine.parallel.heart import Heart
-from engine.parallel.shared import share
 
 AXES = ("pp", "dp", "cp", "tp")
 

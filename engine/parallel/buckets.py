@@ -14,9 +14,9 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from engine.comm.comm import Pending
 from engine.kernels.norm import wide
 from engine.parallel.collectives import Group
-from engine.parallel.comm import Pending
 from engine.parallel.gradients import collect
 from engine.parallel.sharding import Piece, pieces, shard_of
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from engine.parallel.comm import Comm, Pending
+from engine.comm.comm import Comm, Pending
 
 Group = Comm | None
 

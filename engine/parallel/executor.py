@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from engine.comm.heart import Phase, Waited
 from engine.mesh import Mesh
 from engine.parallel.buckets import GradientBuckets
-from engine.parallel.heart import Phase, Waited
 from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.schedule import Action, Kind, build_schedule, forward_only, stage_of
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.comm.comm import Pending
 from engine.kernels.linear_cross_entropy import linear_cross_entropy
 from engine.parallel.collectives import (
     TensorParallel,
@@ -20,7 +21,6 @@ from engine.parallel.collectives import (
     leave,
     start_reduce_scatter_sequence,
 )
-from engine.parallel.comm import Pending
 from engine.parallel.gradients import accumulate, accumulate_product, add_product, done, use
 from engine.parallel.sharding import Member, Shard, make_parameter, split_columns, split_rows, whole
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from engine.parallel.heart import Heart, Phase
+from engine.comm.heart import Heart, Phase
 
 
 @dataclass

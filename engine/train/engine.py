@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.comm.heart import Phase
 from engine.config import RunConfig
 from engine.data.batches import Batch
 from engine.errors import UserError
@@ -22,7 +23,6 @@ from engine.model import Decoder, Parts
 from engine.parallel.buckets import GradientBuckets, Replicas
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.executor import Chunk, Executor, make_chunks
-from engine.parallel.heart import Phase
 from engine.parallel.init import initialize
 from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.optimizer import ShardedAdamW

@@ -8,9 +8,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from engine.comm.heart import Heart, Phase
 from engine.errors import UserError
 from engine.mesh import Mesh, build_mesh
-from engine.parallel.heart import Heart, Phase
 from engine.train.job import Job
 from engine.train.launch import Diverged, ended, set_threads
 from engine.train.place import Place

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from engine.comm.heart import Phase
 from engine.data.batches import Batches
 from engine.data.prefetch import Prefetch
-from engine.parallel.heart import Phase
 from engine.plan import flops_of
 from engine.train.callbacks import Callback, StepRecord, peak_memory
 from engine.train.engine import Engine, StepResult

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from engine.comm.comm import Comm
 from engine.data.proof import Proof
 from engine.errors import LONGEST, UserError
-from engine.parallel.comm import Comm
 
 SLICE_SECONDS = 1.0
 """Ranks meet this often: those that wait are never in a collective for long, whatever the corpora's size."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.comm.comm import TorchComm
 from engine.kernels.cross_entropy import IGNORE, cross_entropy, gradient_, statistics
-from engine.parallel.comm import TorchComm
 from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal
 
 # The interpreter's numpy tells of infinities and NaN, which here are meant.

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.comm.comm import TorchComm
 from engine.kernels.cross_entropy import IGNORE, cross_entropy
 from engine.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy, linear_cross_entropy_loss
-from engine.parallel.comm import TorchComm
 from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal
 
 VOCAB = 101  # over 2 ranks of 60 columns, or 4 of 40: the last of the four has nothing but padding

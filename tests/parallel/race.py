@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.parallel.comm import Comm, Pending
+from engine.comm.comm import Comm, Pending
 
 
 class RaceComm(Comm):

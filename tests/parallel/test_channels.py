@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.comm.heart import Heart
 from engine.config import Layout
 from engine.mesh import Mesh, neighbours, one_by_one, open_channels, place
 from engine.parallel.executor import Executor, _Run, make_chunks
-from engine.parallel.heart import Heart
 from engine.parallel.micro_batch import MicroBatch
 
 Call = tuple[str, int, int]

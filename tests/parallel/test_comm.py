@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from engine.comm.comm import Comm, TorchComm
+from engine.comm.local import meeting, shared
+from engine.comm.local.shared import CHUNK, SharedComm, combine
 from engine.config import Layout
 from engine.mesh import Mesh, build_mesh
-from engine.parallel import meeting, shared
-from engine.parallel.comm import Comm, TorchComm
-from engine.parallel.shared import CHUNK, SharedComm, combine
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64)
 SIZES = (0, 1, 2, 3, 5, 1000, 4099)

@@ -15,7 +15,7 @@ import race
 import test_parity
 import toys
 
-from engine.parallel.comm import Comm
+from engine.comm.comm import Comm
 
 CASES = [("llama", "tp2-pp2-dp2-sp"), ("llama", "tp2-dp2"), ("gpt2", "tp4-sp"), ("gpt2", "pp2-dp2"),
          ("llama-tied", "dp2"), ("qwen3", "tp2-sp-recompute"), ("gpt2", "pp2-interleaved")]

@@ -27,7 +27,7 @@ PROGRAM = '''
 import dataclasses, os, sys, time
 from engine import pretrain
 from engine.checkpoint import save
-from engine.parallel import shared
+from engine.comm.local import shared
 from engine.parallel.executor import _Run
 from engine.train.entry import enter
 from engine.train.request import EntryPoint

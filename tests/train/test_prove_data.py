@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import runs
 
 from engine import pretrain
+from engine.comm.comm import TorchComm
 from engine.config import Layout
 from engine.data.indexed import IndexedWriter
 from engine.errors import UserError
 from engine.mesh import rank_grid
-from engine.parallel.comm import TorchComm
 from engine.train import prove_data as room
 from engine.train.entry import only_told
 from engine.train.job import prepare

@@ -18,9 +18,9 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
+from engine.comm.heart import Heart, Phase, Waited
 from engine.config import RunConfig
 from engine.config.flags import build
-from engine.parallel.heart import Heart, Phase, Waited
 from engine.train.callbacks import Callback, Save, StepRecord
 from engine.train.engine import StepResult
 from engine.train.loop import train

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.parallel.heart import SLOW, Phase
+from engine.comm.heart import SLOW, Phase
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from engine.comm.heart import Heart, Phase
 from engine.errors import shown
-from engine.parallel.heart import Heart, Phase
 from engine.train.launch import tell_launcher
 from engine.train.rendezvous import AWARE, FAILED, be_aware, linger
 from engine.train.watch.guard import Guard

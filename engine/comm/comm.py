@@ -1,6 +1,6 @@
 """What a group of ranks can do together: one small interface for the whole engine, and torch.distributed behind it.
 
-`engine/parallel/shared.py` has the other implementation, for ranks on one machine without GPUs; the mesh chooses.
+`engine/comm/local/shared.py` has the other implementation, for ranks on one machine without GPUs; the mesh chooses.
 Collectives of one group must be started in the same order on all its ranks, and their tensors left alone until `wait`.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from engine.parallel.heart import Heart, Waited
+from engine.comm.heart import Heart, Waited
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 knows the old names alone.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

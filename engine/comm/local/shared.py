@@ -23,9 +23,9 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from engine.parallel import meeting
-from engine.parallel.comm import Comm, all_gather_flat
-from engine.parallel.heart import Heart
+from engine.comm.comm import Comm, all_gather_flat
+from engine.comm.heart import Heart
+from engine.comm.local import meeting
 
 CHUNK = 1 << 21
 """Bytes that a rank passes at once: the larger, the fewer waits, as long as a core's cache holds it."""
