@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -13,6 +11,7 @@ from engine.config import Layout, RunConfig, check
 from engine.config.presets import title
 from engine.errors import UserError
 from engine.kernels.norm import wide
+from engine.plan.capacity import Capacity, gpu_that_holds
 from engine.plan.estimate import Plan, estimate
 from engine.plan.trace import Tracer
 from engine.plan.units import bytes_text
@@ -26,22 +25,19 @@ DEVICES = (24, 48, 80, 141, 192, 288)
 """Memory of common GPUs, in GB."""
 
 
-def require_memory(plan: Plan, available: int, what: str) -> None:
-    """Raises UserError when the plan's fullest rank needs more than `available` bytes, which `what` has.
-
-    `what` reads as the subject of "has": "this machine", "each GPU (NVIDIA L4)".
-    """
+def require_memory(plan: Plan, capacity: Capacity) -> None:
+    """Raises UserError when the plan's fullest rank needs more than a run may plan with on its device."""
     heaviest = plan.heaviest
-    if heaviest.memory.total <= available:
+    if heaviest.memory.total <= capacity.usable(plan.layout):
         return
     count = plan.layout.world
     where = "one process" if count == 1 else f"the fullest of {count} processes ({plan.layout}, stage {heaviest.rank})"
     model = title(plan.config.model)
     tracer = Tracer()
-    holders = [text for text in (_single(plan, tracer), _several(plan, available, tracer)) if text is not None]
+    holders = [text for text in (_single(plan, tracer), _several(plan, capacity, tracer)) if text is not None]
     raise UserError(". ".join([
         f"training {model} in {str(plan.dtype).split('.')[-1]} needs {bytes_text(heaviest.memory.total)} on {where}; "
-        f"{what} has {bytes_text(available)}",
+        f"{capacity.text(plan.layout)}",
         f"The estimate: {heaviest.memory}",
         f"What would hold it: {', or '.join(holders)}" if holders else
         f"No layout of up to {MOST_RANKS} such devices holds it; lower --seq-len, or take a smaller --model",
@@ -53,21 +49,25 @@ def _single(plan: Plan, tracer: Tracer) -> str | None:
     """The smallest common GPU that holds the whole model by itself, if any does."""
     for config in _recomputing(plan.config):
         found = _try(config, 1, 1, 1, plan.dtype, tracer)
-        need = found.heaviest.memory.total if found else DEVICES[-1] * 10**9 + 1
-        size = next((size for size in DEVICES if need <= size * 10**9), None)
+        if found is None:
+            continue
+        need = found.heaviest.memory.total
+        size = next((size for size in DEVICES if gpu_that_holds(need, Layout()) <= size * 10**9), None)
         if size is not None:
             return f"one GPU of {size} GB ({_flags(plan.config, config, Layout(), need)})"
     return None
 
 
-def _several(plan: Plan, available: int, tracer: Tracer) -> str | None:
-    """The smallest number of devices of `available` bytes that holds the model, and the flags for them."""
+def _several(plan: Plan, capacity: Capacity, tracer: Tracer) -> str | None:
+    """The smallest number of such devices that holds the model, and the flags for them."""
     for world, tp, pp in _layouts():
-        if states_at_least(plan.parameters, plan.dtype, Layout(pp=pp, dp=world // (tp * pp), tp=tp)) > available:
+        layout = Layout(pp=pp, dp=world // (tp * pp), tp=tp)
+        usable = capacity.usable(layout)
+        if states_at_least(plan.parameters, plan.dtype, layout) > usable:
             continue  # most layouts end here, which spares building them
         for config in _recomputing(plan.config):
             found = _try(config, world, tp, pp, plan.dtype, tracer)
-            if found is not None and found.heaviest.memory.total <= available:
+            if found is not None and found.heaviest.memory.total <= usable:
                 devices = "this one device" if world == 1 else f"{world} devices like this one"
                 return f"{devices} ({_flags(plan.config, config, found.layout, found.heaviest.memory.total)})"
     return None
@@ -121,63 +121,3 @@ def _flags(asked: RunConfig, config: RunConfig, layout: Layout, need: int) -> st
         flags.append(f"and dp {layout.dp}")
     each = f"{bytes_text(need)}{' each' if layout.world > 1 else ''}"
     return f"with {' '.join(flags)}: {each}" if flags else each
-
-
-def available_memory(device: torch.device, local_ranks: int) -> int:
-    """Bytes one rank may use: the GPU's memory, or its share of the main memory that is free now.
-
-    On CPU the cgroup's limit counts where there is one (containers).
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return main_memory() // max(1, local_ranks)
-
-
-def main_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that this process and its children can still take; `root` is where /proc and /sys hang."""
-    free = _machine_free(root / "proc/meminfo")
-    found = [_cgroup_free(folder, *names) for folder, *names in _cgroups(root)]
-    return min([free, *(left for left in found if left is not None)])
-
-
-def _machine_free(meminfo: Path) -> int:
-    """MemAvailable, or where the system does not say, all pages there are."""
-    try:
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """This process's memory groups and their parents, with the names of their limit, usage and statistics (v2, v1)."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        inside = Path(path.lstrip("/"))
-        for part in (inside, *inside.parents):
-            yield base / part, *names
-
-
-def _cgroup_free(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """What is left under a group's limit; file pages not in use are taken back when needed, so they count as free."""
-    try:
-        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    if not most.isdigit():  # "max": no limit
-        return None
-    return max(0, int(most) - used + int(statistics.get(cache, 0)))

@@ -13,6 +13,7 @@ from engine.config import Layout, ModelConfig, check, describe
 from engine.errors import UserError, print_all, replace_unprintable, shown
 from engine.mesh import AXES, Mesh
 from engine.plan import require_memory
+from engine.plan.capacity import gpu_that_holds, margin_text
 from engine.plan.units import bytes_text
 from engine.train.job import Job, memory_here, prepare
 from engine.train.launch import run_rank, tune_allocator
@@ -147,12 +148,13 @@ def name(job: Job) -> str:
 
 def fits(job: Job, place: Place, request: Request) -> str:
     """Whether this machine holds the run, in one line."""
-    need = bytes_text(job.plan.heaviest.memory.total)
+    need = job.plan.heaviest.memory.total
     if job.device.type == "cuda" and not torch.cuda.is_available():
-        return f"this machine has no GPU that PyTorch sees; each one would need {need}"
-    available, what = memory_here(job, place, request.switches)
+        return (f"this machine has no GPU that PyTorch sees; each one would need {bytes_text(need)}, so a GPU of "
+                f"{bytes_text(gpu_that_holds(need, job.layout))} (kept free: {margin_text(job.layout)})")
+    capacity = memory_here(job, place, request.switches)
     try:
-        require_memory(job.plan, available, what)
+        require_memory(job.plan, capacity)
     except UserError as error:
         return f"this machine does not hold it: {error}"
-    return f"this machine holds it: the fullest rank needs {need}, {what} has {bytes_text(available)}"
+    return f"this machine holds it: the fullest rank needs {bytes_text(need)}, {capacity.text(job.layout)}"

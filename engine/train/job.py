@@ -18,7 +18,7 @@ from engine.data.fingerprint import Fingerprint, copy_notes
 from engine.errors import UserError, shown
 from engine.hf import Origin, TokenIds, config_to_hf, read_origin, token_ids
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
-from engine.plan import Plan, available_memory, estimate, require_memory
+from engine.plan import Capacity, Plan, capacity_of, estimate, require_memory
 from engine.tokenizer import Tokenizer, is_tokenizer, load_tokenizer, tokenizer_files
 from engine.tokenizer.extend import why_no_extension
 from engine.train.engine import DTYPES
@@ -78,7 +78,7 @@ def prepare(request: Request, place: Place) -> Job:
         notes.append(f"no --data: taking the demo's, {shown(config.data.data)}")
     job = Job(config, layout, device, dtype, tokenizer, plan, kernels, start, (), notes, origin)
     if not switches.dry_run:
-        require_memory(plan, *memory_here(job, place, switches))
+        require_memory(plan, memory_here(job, place, switches))
         if missing is not None:
             raise missing
         data = request.entry.check_data(config)
@@ -99,15 +99,10 @@ def _device_and_dtype(config: RunConfig, place: Place, switches: Switches) -> tu
     return device, here, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def memory_here(job: Job, place: Place, switches: Switches) -> tuple[int, str]:
-    """The bytes that a rank may use on this machine, and the words for what has them. All processes of --world-size
-    are this machine's, but for GPUs, of which each has one."""
-    local = switches.world_size or place.local_world
-    if job.device.type == "cuda":
-        what = f"each GPU ({torch.cuda.get_device_name(job.device)})"
-    else:
-        what = f"this machine, shared by {local} processes," if local > 1 else "this machine"
-    return available_memory(job.device, local), what
+def memory_here(job: Job, place: Place, switches: Switches) -> Capacity:
+    """The memory that a rank has on this machine. All processes of --world-size are this machine's, but for GPUs, of
+    which each has one."""
+    return capacity_of(job.device, switches.world_size or place.local_world)
 
 
 def _same_model(given: Values, model: ModelConfig, base: ModelConfig, folder: Path, grows: bool) -> None:

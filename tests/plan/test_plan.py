@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from engine.parallel.optimizer import ShardedAdamW
 from engine.parallel.schedule import build_schedule
 from engine.parallel.simulator import simulate
 from engine.plan import (
-    available_memory,
+    Capacity,
     balanced_stages,
+    capacity_of,
     estimate,
     flops_of,
     flops_per_token,
@@ -31,7 +33,8 @@ from engine.plan import (
     peak_flops,
     require_memory,
 )
-from engine.plan.fit import main_memory, states_at_least
+from engine.plan.capacity import CONTEXT, gpu_that_holds, main_memory, margin_text
+from engine.plan.fit import states_at_least
 from engine.plan.flops import layer_attention, layer_matrices
 from engine.plan.trace import Live, Tracer
 
@@ -210,7 +213,7 @@ def test_a_7b_model_in_bf16_is_18_bytes_a_parameter() -> None:
     memory = plan.heaviest.memory
     assert plan.parameters == 6_738_415_616  # Llama 2 7B
     assert memory.weights + memory.gradients + memory.optimizer == 18 * plan.parameters
-    require_memory(plan, 141 * 10**9, "one GPU")
+    require_memory(plan, Capacity("one GPU", 141 * 10**9, gpu=True))
 
 
 @pytest.mark.parametrize("flags", SMALL)
@@ -265,7 +268,7 @@ def test_what_does_not_fit_is_said_in_plain_words() -> None:
     config = config_of("--model 7b --seq-len 4096 --recompute --global-batch 1024")
     plan = estimate(config, Layout(), torch.bfloat16)
     with pytest.raises(UserError) as error:
-        require_memory(plan, 16 * 10**9, "this machine")
+        require_memory(plan, Capacity("this machine", 16 * 10**9))
     text = str(error.value)
     for part in ("7b in bfloat16 needs 12", "this machine has 16.0 GB", "weights 13.5 GB + gradients 27.0 GB",
                  "one GPU of 141 GB", "16 devices like this one (with --tp 8 and dp 2:",
@@ -280,20 +283,20 @@ def test_the_proposed_layout_fits_and_recompute_is_proposed_first() -> None:
     recompute = estimate(replace(config, runtime=replace(config.runtime, recompute=True)), Layout(), torch.bfloat16)
     available = (plan.heaviest.memory.total + recompute.heaviest.memory.total) // 2
     with pytest.raises(UserError, match=r"this one device \(with --recompute: "):
-        require_memory(plan, available, "this GPU")
+        require_memory(plan, Capacity("this GPU", available))
 
 
 def test_a_stage_that_does_not_fit_is_named() -> None:
     config = config_of("--model 7b --pp 4 --tp 2 --seq-len 4096 --global-batch 64")
     plan = estimate(config, check(config, 8), torch.bfloat16)
     with pytest.raises(UserError, match=r"the fullest of 8 processes \(pp4 dp1 tp2, stage 0\); each GPU has 10.0 GB"):
-        require_memory(plan, 10 * 10**9, "each GPU")
+        require_memory(plan, Capacity("each GPU", 10 * 10**9))
 
 
 def test_no_layout_is_proposed_where_none_holds_it() -> None:
     plan = estimate(config_of("--model 70b --seq-len 4096"), Layout(), torch.bfloat16)
     with pytest.raises(UserError, match="No layout of up to 1024 such devices holds it"):
-        require_memory(plan, 10**8, "this machine")
+        require_memory(plan, Capacity("this machine", 10**8))
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(dp=4), Layout(pp=2, tp=2), Layout(pp=2, dp=2)])
@@ -341,4 +344,32 @@ def test_main_memory_knows_the_first_kind_of_cgroup(tmp_path: Path) -> None:
 
 def test_local_ranks_share_the_main_memory() -> None:
     cpu = torch.device("cpu")
-    assert 0 < available_memory(cpu, 4) < available_memory(cpu, 1)
+    assert 0 < capacity_of(cpu, 4).total < capacity_of(cpu, 1).total
+    assert capacity_of(cpu, 4).what == "this machine, shared by 4 processes,"
+
+
+def test_a_gpu_is_never_planned_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's context, NCCL's buffers and what the allocator cannot give are kept free, and said."""
+    plan = estimate(config_of(LLAMA), Layout(), torch.float32)
+    need = plan.heaviest.memory.total
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=need + 10**6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Some")
+    full = capacity_of(torch.device("cuda", 0), 1)
+    with pytest.raises(UserError, match=r"each GPU \(NVIDIA Some\) has .* of it for the run \(kept free: 800.0 MB "
+                                        r"for the CUDA context, 2% for fragmentation\)"):
+        require_memory(plan, full)
+    require_memory(plan, replace(full, gpu=False))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(tp=8, dp=4), Layout(pp=2), Layout(pp=4, tp=8, dp=2)])
+def test_a_gpu_that_holds_a_rank_is_no_larger_than_it_must_be(layout: Layout) -> None:
+    size = gpu_that_holds(50 * 10**9, layout)
+    assert 0 <= Capacity("", size, gpu=True).usable(layout) - 50 * 10**9 <= 1
+    assert ("NCCL" in margin_text(layout)) == (layout.world > 1)
+    assert size > 50 * 10**9 + CONTEXT
+
+
+def test_more_groups_of_ranks_leave_less_of_a_gpu() -> None:
+    layouts = [Layout(), Layout(dp=2), Layout(dp=2, tp=2), Layout(dp=2, tp=2, pp=2), Layout(dp=2, tp=2, pp=4)]
+    usable = [Capacity("", 80 * 10**9, gpu=True).usable(layout) for layout in layouts]
+    assert usable == sorted(set(usable), reverse=True)
