@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.kernels.language import INTERPRETING, jit, tl
-from tests.kernels.rule import DEVICE, assert_as_good, needs_triton, normal
+from tests.kernels.rule import APPROXIMATE, DEVICE, assert_as_good, bound, needs_triton, normal
 
 
 @jit
@@ -46,3 +46,16 @@ def test_a_result_or_a_gradient_that_is_wrong_is_seen() -> None:
             assert_as_good(lambda x, wrong=wrong: x * 1.5 + wrong, lambda x: x * 1.5, [x], torch.bfloat16)
     with pytest.raises(AssertionError, match="result 1"):
         assert_as_good(lambda x: x * 1.5 + 0.02 * (x - x.detach()), lambda x: x * 1.5, [x], torch.bfloat16)
+
+
+def test_approximate_instructions_are_allowed_for_in_fp32_on_a_gpu_alone() -> None:
+    true = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    theirs = true + 1e-3
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        eps = torch.finfo(dtype).eps
+        exact = 2e-3 + 1.5 * eps  # twice torch's error, and half an eps of the largest element
+        more = APPROXIMATE * 3 * eps if dtype == torch.float32 else 0.0
+        assert bound(true, theirs, dtype, "cpu") == pytest.approx(exact, rel=1e-12)
+        assert bound(true, theirs, dtype, "cuda") == pytest.approx(exact + more, rel=1e-12)
+        assert bound(true, theirs, dtype, "cpu", cancelling=8.0) == pytest.approx(exact + 8 * eps, rel=1e-12)
+    assert bound(true[:0], theirs[:0], torch.float32, "cuda") == 0.0
