@@ -135,6 +135,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cumulative: Tens
     (batch, heads, seq, d), (_, kv_heads, keys, _) = q.shape, k.shape
     if k.shape != (batch, kv_heads, keys, d) or v.shape != k.shape or heads % kv_heads:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not belong together")
+    if not q.dtype == k.dtype == v.dtype:  # the kernels would read the others' memory as if it were q's dtype
+        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; attention needs one dtype")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} keys sees nothing")
     if cumulative is not None and seq != keys:
