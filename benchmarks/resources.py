@@ -1,6 +1,6 @@
 """Compiles every kernel at real 7B and 70B shapes for GPUs that are not here, and prints what each one uses.
 
-    python benchmarks/resources.py [--arch 90 80] [--only norm attention] [--save]
+    python benchmarks/resources.py [--arch 90 80] [--only norm attention] [--shape 'x 256'] [--save]
 
 Triton is given a driver that knows an architecture and nothing else; the launchers run on meta tensors, and each launch
 only compiles. Registers, shared memory and spills are read from the machine code by the cuobjdump that Triton carries.
@@ -29,8 +29,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-SHARED = {90: 232448, 80: 166912}
-"""Bytes of shared memory a block may ask for; Triton's compiler does not check it."""
+from engine.kernels.language import HOPPER, shared_memory
+
+ARCHITECTURES = (80, 86, 89, 90, 120)
+"""Those it can be asked for: both amounts of shared memory among GPUs without Hopper's instructions, and Hopper."""
 META = torch.device("meta")
 SPILL = re.compile(r"\b(?:LDL|STL)\b")
 
@@ -121,17 +123,20 @@ def inspect(kernel: Any, folder: Path) -> tuple[int, int, int, int]:
 
 
 def blocks(arch: int, warps: int, registers: int, shared: int) -> int:
-    """Blocks on one multiprocessor: 64 warps, 65,536 registers given by 256 a warp, shared memory with 1 KB a block."""
+    """Blocks on a multiprocessor: 64 or 48 warps, 65,536 registers by 256 a warp, shared memory with 1 KB a block."""
+    most = 64 if arch in (80, 90) else 48  # warps
     by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
-    by_shared = (SHARED[arch] + 1024) // (shared + 1024)
-    return min(64 // warps, by_registers, by_shared, 32)
+    by_shared = (shared_memory(arch) + 1024) // (shared + 1024)
+    return min(most // warps, by_registers, by_shared, 32)
 
 
-def measure(arch: int, only: list[str]) -> Iterator[Use]:
-    """Compiles every case for an architecture; each kernel of a case is told once."""
+def measure(arch: int, only: list[str], shape: str) -> Iterator[Use]:
+    """Compiles the cases of `only` (files; none is all) whose shape says `shape`; tells each kernel of a case once."""
     read: dict[str, tuple[int, int, int, int]] = {}  # shapes share kernels, and reading takes long
     with tempfile.TemporaryDirectory() as name, compiling(arch) as found:
         for case in all_cases(only):
+            if shape not in case.shape:
+                continue
             run = case.build(META)
             assert run is not None, case.kernel
             found.clear()  # what building the inputs launched is another case's
@@ -143,9 +148,9 @@ def measure(arch: int, only: list[str]) -> Iterator[Use]:
                 registers, spills, hgmma, waits = read[kernel.hash]
                 meta = kernel.metadata
                 wrong = [text for bad, text in (
-                    (meta.shared > SHARED[arch], f"shared memory over {SHARED[arch]}"),
+                    (meta.shared > shared_memory(arch), f"shared memory over {shared_memory(arch)}"),
                     (spills > 0, "spills"),
-                    (case.matmul and arch >= 90 and "dot" in kernel.asm["ttir"] and not hgmma, "no HGMMA"),
+                    (case.matmul and arch == HOPPER and "dot" in kernel.asm["ttir"] and not hgmma, "no HGMMA"),
                     (0 < hgmma <= waits, "products wait for each other")) if bad]
                 yield Use(case.kernel, case.shape, case.dtype, kernel_name, arch, meta.num_warps, meta.num_stages,
                           registers, meta.shared, spills, hgmma, waits,
@@ -154,11 +159,12 @@ def measure(arch: int, only: list[str]) -> Iterator[Use]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], choices=sorted(SHARED))
+    parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], choices=ARCHITECTURES)
     parser.add_argument("--only", nargs="+", default=[], help="files of benchmarks/cases/")
+    parser.add_argument("--shape", default="", help="cases whose shape has this in it: 'x 256'")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/resources.json")
     options = parser.parse_args()
-    uses = [use for arch in options.arch for use in measure(arch, options.only)]
+    uses = [use for arch in options.arch for use in measure(arch, options.only, options.shape)]
     head = ("case", "shape", "dtype", "kernel", "sm", "warps", "stages", "registers", "shared", "spills", "HGMMA",
             "waits", "blocks/SM", "wrong")
     print(table([head, *(tuple(str(value) for value in asdict(use).values()) for use in uses)]))

@@ -47,7 +47,9 @@ INTERPRETED = tl.constexpr(INTERPRETING)
 """The same, for kernels."""
 
 HOPPER = 90
-AMPERE = 80
+
+SHARED_MEMORY = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448, 110: 232448}
+"""Bytes of shared memory a block may ask for, by architecture; Triton's compiler does not check it."""
 
 
 @jit
@@ -97,6 +99,11 @@ def arch(device: torch.device) -> int:
     if device.type == "meta":
         return int(triton.runtime.driver.active.get_current_target().arch)
     return 0
+
+
+def shared_memory(gpu: int) -> int:
+    """Bytes of shared memory a block may ask for on an architecture (86, 90, ...)."""
+    return SHARED_MEMORY.get(gpu, 101376)  # sm_86, 89, 120 and 121: the least of all from sm_80 on
 
 
 def processors(device: torch.device) -> int:

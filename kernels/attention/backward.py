@@ -244,7 +244,8 @@ def _launch_statistics(dy: torch.Tensor, dlse: torch.Tensor | None, y: torch.Ten
     top, delta = (lse.new_empty(batch * heads, blocks * ROWS) for _ in range(2))
     _statistics[(blocks, batch * heads)](
         y, dy, lse, None if dlse is None else dlse.contiguous(), top, delta, *y.stride()[:3], *dy.stride()[:3], heads,
-        seq, D=d, WIDTH=width_of(d), ROWS=ROWS, LSE=dlse is not None, num_warps=4)
+        seq, D=d, WIDTH=width_of(d), ROWS=ROWS, LSE=dlse is not None,
+        num_warps=4 if width_of(d) <= 128 else 8)  # 256 columns by 4 warps spill on sm_120
     return top, delta
 
 

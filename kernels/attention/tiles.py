@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.language import HOPPER, arch, jit, narrow, power_of_two, tl
+from engine.kernels.language import HOPPER, SHARED_MEMORY, arch, jit, narrow, power_of_two, shared_memory, tl
 
 L2_BYTES = 1 << 25
 """Of the 40 MB (A100) and 50 MB (H100) of L2 cache, what keys and values may fill."""
@@ -119,6 +119,13 @@ _AMPERE = {
     "keys": ((64, Tiles(32, 128, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 64, 8, 2))),
     "queries": ((64, Tiles(128, 32, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
 }
+# 99 KB of shared memory (sm_86, 89, 120): above 128 columns dk has half the queries, for 82 KB where 32 of them take
+# 100.25; and dq has a second stage, without which Triton 3.6 spills there.
+_SMALL = {
+    "forward": _AMPERE["forward"],
+    "keys": (*_AMPERE["keys"][:2], (256, Tiles(16, 64, 8, 2))),
+    "queries": (*_AMPERE["queries"][:2], (256, Tiles(32, 32, 8, 2))),
+}
 # fp32: no tensor cores (their tf32 would cut the operands), so tiles are small. For proofs on a GPU, not for speed;
 # above 64 columns the gradients of some cases spill.
 _SINGLE = {
@@ -133,7 +140,13 @@ _INTERPRETED = {"forward": Tiles(32, 16, 4, 1), "keys": Tiles(16, 32, 4, 1), "qu
 def tiles_for(kernel: str, *tensors: torch.Tensor) -> Tiles:
     """The tiles of "forward", "keys" (dk and dv) or "queries" (dq) for the tensors it loads, q first."""
     q = tensors[0]
-    if arch(q.device) == 0:
+    gpu = arch(q.device)
+    if gpu == 0:
         return _INTERPRETED[kernel]
-    table = _SINGLE if q.element_size() == 4 else _HOPPER if describable(*tensors) else _AMPERE
+    if q.element_size() == 4:
+        table = _SINGLE
+    elif describable(*tensors):
+        table = _HOPPER
+    else:
+        table = _AMPERE if shared_memory(gpu) >= SHARED_MEMORY[80] else _SMALL
     return next(tiles for widest, tiles in table[kernel] if width_of(q.shape[-1]) <= widest)
