@@ -73,6 +73,8 @@ def prepare(request: Request, place: Place) -> Job:
                          head_dim=config.model.head_dim, here=here)
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
+    if device.type == "cuda":
+        notes.append("bf16 products are summed in fp32 throughout (allow_bf16_reduced_precision_reduction is off)")
     plan = estimate(config, layout, dtype, kernels=kernels)
     if resume is None and config.data.data and config.data.data == request.demo.get("data"):
         notes.append(f"no --data: taking the demo's, {shown(config.data.data)}")

@@ -30,6 +30,9 @@ from engine.train.rendezvous import START_SECONDS, Ended, NoMeeting, Reported, e
 BAD_INPUT, CRASHED, INTERRUPTED = 2, 1, 130
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """glibc's names for what `mallopt` sets (malloc.h)."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""What torch's allocator of GPU memory reads when it is first used. torch 2.11 to 2.14 read all three; the first is the
+newest name, of which no version warns."""
 LOG_ERRORS = 2
 """c10's level that leaves warnings out (c10/util/logging_is_not_google_glog.h)."""
 
@@ -42,6 +45,7 @@ def run_rank(body: Callable[[Place], int], *, alone: bool = False) -> int:
     """Runs one rank's work and turns each kind of end into an exit code and a message. `alone` is for a process that is
     no rank, whatever started it."""
     quiet_torch()
+    expand_segments()
     # Python takes its handlers away before it has ended: a launcher's SIGTERM would change the exit code then.
     atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(Exception):  # stderr may have no descriptor
@@ -143,7 +147,8 @@ def quiet_torch() -> None:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """`auto` is this rank's GPU where there is one. Raises UserError when CUDA is asked for and not there."""
+    """`auto` is this rank's GPU where there is one; its bf16 products are from then on summed in fp32. Raises UserError
+    when CUDA is asked for and not there."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -151,6 +156,8 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible; "
                         "start fewer processes per node")
+    # Where cuBLAS splits the sum of a product over blocks, it would add their parts in bf16: coarser than one block's.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return torch.device("cuda", local_rank)
 
 
@@ -159,6 +166,13 @@ def set_threads(local_world: int) -> None:
     a process does what the user has set."""
     if local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+
+
+def expand_segments() -> None:
+    """Lets torch's allocator grow its ranges of GPU memory instead of taking many of fixed sizes, whose gaps tensors of
+    other sizes cannot use. What the user has set wins. Before CUDA is initialised: torch reads its variable once."""
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def tune_allocator() -> None:
