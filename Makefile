@@ -8,10 +8,16 @@ TORCH := torch==2.13.0
 PY := .venv/bin/python
 STAMP := .venv/.triax-installed
 
-# A machine with a GPU may have a torch of its own and no .venv: make gpu PY=python3
-READY := $(if $(filter .venv/bin/python,$(PY)),$(STAMP))
-SEES_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null
-NO_GPU = echo "make $@: no torch that sees a CUDA GPU here, nothing was run"
+# A machine with a GPU may have a torch of its own, and no network to build .venv over: the first Python here whose torch
+# sees a GPU is taken, and nothing is built. PY=... names another. `make gpu` has looked once for all its steps (GPU_PY).
+GPU_PYTHONS := $(if $(filter-out .venv/bin/python,$(PY)),$(PY),.venv/bin/python python3)
+NO_GPU = echo "make $@: no torch that sees a CUDA GPU here, nothing was run"; exit 0
+FIND_GPU = py="$(GPU_PY)"; for one in $(GPU_PYTHONS); do \
+	  if [ -z "$$py" ] && "$$one" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then py="$$one"; fi; \
+	done; if [ -z "$$py" ]; then $(NO_GPU); fi; $(if $(SAVE),mkdir -p '$(SAVE)',:)
+# SAVE=DIR: results and everything said go there, and nothing is written beside the benchmarks.
+LOG = $(if $(SAVE),2>&1 | tee -a '$(SAVE)/gpu.log')
+STEPS ?= first test bench races
 JOBS ?= 2
 # A file's tests stay in one process: they share what its fixtures make.
 BESIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -53,20 +59,24 @@ docs: $(STAMP)  ## write the generated regions of README.md and docs/
 bench: $(STAMP)  ## every benchmark; results as JSON beside them
 	@for f in benchmarks/*.py; do echo "== $$f"; $(PY) "$$f" || [ $$? -eq 2 ]; done  # 2: it cannot run here, and said so
 
-gpu: $(READY)  ## on a CUDA GPU gpu-test, gpu-races and gpu-bench; elsewhere one line. PY=python3 builds no .venv
-	@if $(SEES_GPU); then for step in test races bench; do $(MAKE) --no-print-directory gpu-$$step; done; else $(NO_GPU); fi
+gpu:  ## on a CUDA GPU the four steps below, each whatever became of the last; SAVE=DIR, JOBS=10, PEERS=eager,sdpa, STEPS="first test"
+	@$(FIND_GPU); failed=; for step in $(STEPS); do \
+	  echo "== make gpu-$$step, by $$py"; $(MAKE) --no-print-directory gpu-$$step GPU_PY="$$py" || failed="$$failed gpu-$$step"; \
+	done; if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" $(LOG); exit 1; fi; echo "make gpu: nothing failed" $(LOG)
 
-gpu-first: $(READY)  ## the first minutes on a new GPU: every kernel, a step by Triton and by torch, the 7B step; SAVE=DIR
-	@if $(SEES_GPU); then $(PY) benchmarks/first_run.py $(if $(SAVE),--save $(SAVE)); else $(NO_GPU); fi
+gpu-first:  ## the first minutes on a new GPU: every kernel, a step by Triton and by torch, the 7B step
+	@$(FIND_GPU); "$$py" -u benchmarks/first_run.py $(if $(SAVE),--save '$(SAVE)') $(LOG)
 
-gpu-test: $(READY)  ## the tests of the kernels, compiled for this GPU
-	@if $(SEES_GPU); then $(PY) -m pytest tests/kernels; else $(NO_GPU); fi
+gpu-test:  ## the tests of the kernels that need a GPU, compiled for this one
+	@$(FIND_GPU); "$$py" -c 'import xdist' 2> /dev/null && beside="-n $(JOBS) --dist worksteal" || beside=; \
+	"$$py" -u -m pytest tests/kernels -m gpu $$beside $(LOG)
 
-gpu-races: $(READY)  ## each kernel once under compute-sanitizer's memcheck and racecheck
-	@if $(SEES_GPU); then $(PY) benchmarks/sanitize.py $(NAMED); else $(NO_GPU); fi
+gpu-bench:  ## each kernel beside its peers; ONLY="norm rope" picks, and goes on after a call that ran out of time
+	@$(FIND_GPU); "$$py" -u benchmarks/kernels.py --save $(if $(SAVE),'$(SAVE)') $(NAMED) $(if $(PEERS),--peers '$(PEERS)') \
+	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(LOG)
 
-gpu-bench: $(READY)  ## each kernel beside its peers; ONLY="norm rope" picks, and goes on after a call that ran out of time
-	@if $(SEES_GPU); then $(PY) benchmarks/kernels.py --save $(NAMED); else $(NO_GPU); fi
+gpu-races:  ## each kernel once, on few rows, under compute-sanitizer's memcheck and racecheck
+	@$(FIND_GPU); "$$py" -u benchmarks/sanitize.py $(NAMED) $(LOG)
 
 clean:  ## remove .venv, caches and what the demo made
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo
