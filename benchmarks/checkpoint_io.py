@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import Quiet, keep, table
+from common import Quiet, fill, keep, table
 from train_step import SHAPE
 
 WRITE = 64 << 20
@@ -43,7 +43,7 @@ class Subject:
         self.save_checkpoint, self.open_checkpoint = save_checkpoint, open_checkpoint
         config = parse([*SHAPE.split(), "--dtype", "fp32"])
         self.engine = Engine(config, Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), torch.device("cpu"), torch.float32)
-        self.engine.initialize()
+        fill(self.engine)
         for state in self.engine.optimizer.moments:  # zeros compress on some disks
             state.exp_avg.normal_()
             state.exp_avg_sq.uniform_()

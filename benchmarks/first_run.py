@@ -29,7 +29,7 @@ if TINY:
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from common import RESULTS, keep, machine  # noqa: E402
+from common import RESULTS, fill, keep, machine  # noqa: E402
 
 from engine.config import Layout, parse  # noqa: E402
 from engine.data.batches import Batch  # noqa: E402
@@ -39,10 +39,12 @@ from engine.kernels.dispatch import Kernels, choose  # noqa: E402
 from engine.mesh import AXES, Mesh  # noqa: E402
 from engine.plan import flops_per_token, peak_flops  # noqa: E402
 from engine.train.engine import Engine  # noqa: E402
+from engine.train.launch import choose_device, expand_segments  # noqa: E402
 
 Tensor = torch.Tensor
 Function = Callable[..., Any]
-DEVICE = torch.device("cpu" if TINY else "cuda")
+expand_segments()
+DEVICE = choose_device("cpu" if TINY else "auto", 0)
 BF16 = torch.bfloat16
 TOKENS, HIDDEN, FFN, VOCAB, HEAD, SEQ = (9, 64, 96, 300, 16, 20) if TINY else (8192, 4096, 11008, 32000, 128, 4096)
 MODEL = ("--layers 2 --hidden 64 --ffn-hidden 96 --heads 2 --kv-heads 1 --vocab-size 300" if TINY else "--model 7b")
@@ -235,14 +237,9 @@ class Training:
 
 
 def build(flags: str, kernels: Kernels) -> Engine:
-    """An engine on this device. Its weights are filled there: `initialize` makes its numbers on one core, which takes
-    minutes for 7B."""
+    """An engine on this device."""
     engine = Engine(parse(flags.split()), Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), DEVICE, BF16, kernels)
-    torch.manual_seed(0)
-    for model in engine.models():
-        for parameter in model.parameters():
-            parameter.data.fill_(1.0) if parameter.dim() == 1 else parameter.data.normal_(0, 0.02)
-    engine.optimizer.reset_master()
+    fill(engine)
     return engine
 
 

@@ -1,13 +1,15 @@
 """Every fused kernel at real shapes on a CUDA GPU: its time, its share of what the GPU can do, and its peers'.
 
-    python benchmarks/kernels.py [--only norm "AdamW"] [--rounds 7] [--budget 480] [--save [FOLDER]] [--profile]
+    python benchmarks/kernels.py [--only norm "AdamW"] [--peers eager,sdpa] [--rounds 7] [--budget 480]
+                                 [--save [FOLDER]] [--profile]
 
 In every round of a case our kernel, its peers and the floor's two measures (a copy of 1 GiB, a bf16 product of 8192^3)
 take a turn. A turn is the median of some calls between CUDA events, each call behind a write over the whole L2 cache
 and a pause in which the host gets ahead: what is timed is the GPU's work. Figures are medians over rounds.
 
-Without CUDA it says so and exits 2. A peer that is not here or fails is shown as "-" with its reason; where one of our
-own kernels fails, the rest is still measured and the exit code is 1.
+Most of the time goes into compiling peers, 5 to 15 s for each by torch.compile: --peers leaves others than those named
+out. Without CUDA it says so and exits 2. A peer that is not here or fails is shown as "-" with its reason; where one of
+our own kernels fails, the rest is still measured and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -163,6 +165,19 @@ def picked(only: Sequence[str]) -> list[tuple[str, Case]]:
     return [(family, case) for family, case in found if not only or family in only or case.kernel in only]
 
 
+def with_peers(todo: Sequence[tuple[str, Case]], words: str) -> list[tuple[str, Case]]:
+    """The cases with those of their peers whose names hold one of the words (joined by commas); `all` keeps all."""
+    asked = [word.strip().lower() for word in words.split(",") if word.strip()]
+    if asked == ["all"]:
+        return list(todo)
+    names = sorted({name for case in cases.all_cases() for name in case.peers})
+    unknown = [word for word in asked if not any(word in name.lower() for name in names)]
+    if unknown or not asked:
+        raise SystemExit(f"no peers named {', '.join(unknown) or repr(words)}; there are all: {', '.join(names)}")
+    return [(family, replace(case, peers={name: build for name, build in case.peers.items()
+                                          if any(word in name.lower() for word in asked)})) for family, case in todo]
+
+
 def within(budget: float, todo: Sequence[tuple[str, Case]],
            clock: Callable[[], float] = time.monotonic) -> Iterator[tuple[str, Case]]:
     """The cases one after the other, until the longest of them so far would no longer fit; then says what is left."""
@@ -207,15 +222,17 @@ class Results:
         return sorted(self.rows.values(), key=lambda row: row.family)
 
     def plot(self) -> None:
-        """A picture a family; a line where matplotlib is missing."""
+        """One file with a page a family; a line where matplotlib is missing."""
         try:
             import matplotlib  # noqa: F401
+            from matplotlib.backends.backend_pdf import PdfPages
         except ImportError:
             print("no plots: matplotlib is not installed (pip install 'triax[plot]')")
             return
-        for family in dict.fromkeys(row.family for row in self.sorted()):
-            plot(family, [row for row in self.sorted() if row.family == family], self.folder / f"kernels-{family}.png",
-                 str(self.facts["gpu"]))
+        with PdfPages(self.folder / "kernels.pdf") as pages:
+            for family in dict.fromkeys(row.family for row in self.sorted()):
+                rows = [row for row in self.sorted() if row.family == family]
+                pages.savefig(plot(family, rows, str(self.facts["gpu"])))
 
 
 def profile(case: Case, device: torch.device) -> str:
@@ -249,10 +266,12 @@ def obstacle() -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="files of benchmarks/cases/, or names of kernels")
+    parser.add_argument("--peers", default="all", metavar="WORD,...",
+                        help="who is measured beside ours: words in their names, as in eager,sdpa (all)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=480.0, help="seconds after which no case is begun")
     parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER",
-                        help="write kernels.json, kernels.csv and kernels-*.png; cases not run now keep their rows")
+                        help="write kernels.json, kernels.csv and kernels.pdf; cases not run now keep their rows")
     parser.add_argument("--profile", action="store_true", help="also name the GPU kernels of each case")
     return parser.parse_args()
 
@@ -260,7 +279,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Runs the cases; 0, or 1 where one of our own kernels failed, or 2 where nothing can be timed."""
     options = parse()
-    todo = picked(options.only)
+    todo = with_peers(picked(options.only), options.peers)
     missing = obstacle()
     if missing:
         print(f"benchmarks/kernels.py needs a CUDA GPU, and {missing}; python benchmarks/resources.py compiles every "

@@ -114,16 +114,18 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
                                  row.verdict if mine else "", side.why, row.commit])
 
 
-def plot(family: str, rows: Sequence[Row], path: Path, gpu: str) -> None:
-    """A bar for each side of each case, its share of the floor; the floor is the line at 100 %, dashes are targets."""
+def plot(family: str, rows: Sequence[Row], gpu: str) -> Any:
+    """A figure with a bar for each side of each case, its share of the floor; the floor is the line at 100 %, dashes
+    are targets."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = [row for row in rows if not row.ours.why]
     names = list(dict.fromkeys(side.name for row in rows for side in row.sides))
-    figure, axes = plt.subplots(figsize=(3.5 + 2.2 * max(2, len(rows)), 4.5), layout="constrained")
+    figure = Figure(figsize=(3.5 + 2.2 * max(2, len(rows)), 4.5), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / max(1, len(names))
     for number, name in enumerate(names):
         bars = [(at, 100 * row.share(side)) for at, row in enumerate(rows)
@@ -139,5 +141,4 @@ def plot(family: str, rows: Sequence[Row], path: Path, gpu: str) -> None:
     axes.set_ylabel("% of the floor's rate (higher is faster)")
     axes.set_title(f"{family} on {gpu}", fontsize=10)
     figure.legend(fontsize=7, loc="outside right upper")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure

@@ -14,7 +14,7 @@ import statistics
 from datetime import timedelta
 from typing import Any
 
-from common import Contender, Stepper, keep, median_ratio, race, table
+from common import Contender, Stepper, fill, keep, median_ratio, race, table
 
 TOKENS = 16 * 256
 SHAPE = ("--layers 8 --hidden 512 --ffn-hidden 1376 --heads 8 --kv-heads 4 --vocab-size 4096 --micro-batch 4 "
@@ -42,7 +42,7 @@ def build_triax(rank: int, world: int, flags: str) -> Stepper:
         dist.init_process_group("gloo")
     mesh = build_mesh(check(config, world), rank, config.model.kv_heads, timedelta(seconds=120))
     engine = Engine(config, mesh, torch.device("cpu"), DTYPES[config.runtime.dtype])
-    engine.initialize()
+    fill(engine)
     rows = np.random.default_rng(mesh.dp).integers(0, 4096, (16 // mesh.size("dp"), 257))
     batch = Batch(rows[:, :-1], rows[:, 1:])
     return lambda: void(engine.train_step(batch))

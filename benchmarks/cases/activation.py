@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._functorch import config as functorch
 
-from cases.base import Build, Case, Run
+from cases.base import FEW, TOKENS, Build, Case, Run
 from engine.kernels.activation import (
     bias_gelu_backward_launch,
     bias_gelu_launch,
@@ -16,7 +16,6 @@ from engine.kernels.activation import (
     glu_launch,
 )
 
-TOKENS = 8192
 Formula = Callable[..., torch.Tensor]
 
 
@@ -54,7 +53,7 @@ def peer(formula: Formula, shapes: list[tuple[int, ...]], backward: bool, compil
     return build
 
 
-def liger(activation: str, ffn: int, backward: bool) -> Build:
+def liger(activation: str, tokens: int, ffn: int, backward: bool) -> Build:
     """From gate and up as two tensors; its backward writes over them."""
     def build(device: torch.device) -> Run | None:
         try:
@@ -62,7 +61,7 @@ def liger(activation: str, ffn: int, backward: bool) -> Build:
             from liger_kernel.ops.swiglu import swiglu_backward, swiglu_forward
         except ImportError:
             return None
-        gate, up, grad = (normal(device, TOKENS, ffn) for _ in range(3))
+        gate, up, grad = (normal(device, tokens, ffn) for _ in range(3))
         if backward:
             function = swiglu_backward if activation == "silu" else geglu_backward
             return lambda: function(gate, up, grad)
@@ -72,39 +71,45 @@ def liger(activation: str, ffn: int, backward: bool) -> Build:
     return build
 
 
-def glu_case(activation: str, ffn: int, model: str, backward: bool) -> Case:
+def glu_case(activation: str, ffn: int, model: str, backward: bool, tokens: int) -> Case:
     def build(device: torch.device) -> Run:
-        gate_up, grad = normal(device, TOKENS, 2 * ffn), normal(device, TOKENS, ffn)
+        gate_up, grad = normal(device, tokens, 2 * ffn), normal(device, tokens, ffn)
         if backward:
             return lambda: glu_backward_launch(grad, gate_up, activation)
         return lambda: glu_launch(gate_up, activation)
 
     name, formula = ("SwiGLU", swiglu) if activation == "silu" else ("GEGLU", geglu)
-    shapes: list[tuple[int, ...]] = [(TOKENS, 2 * ffn)]
+    shapes: list[tuple[int, ...]] = [(tokens, 2 * ffn)]
     return Case(
-        kernel=f"{name} {'backward' if backward else 'forward'}", shape=f"{TOKENS} x 2 x {ffn} ({model})",
-        dtype="bf16", build=build, bytes=(5 if backward else 3) * TOKENS * ffn * 2,
+        kernel=f"{name} {'backward' if backward else 'forward'}", shape=f"{tokens} x 2 x {ffn} ({model})",
+        dtype="bf16", build=build, bytes=(5 if backward else 3) * tokens * ffn * 2,
         target=0.88 if backward else 0.90,
         peers={"torch eager": peer(formula, shapes, backward, compiled=False),
                "torch.compile": peer(formula, shapes, backward, compiled=True),
-               "Liger": liger(activation, ffn, backward)})
+               "Liger": liger(activation, tokens, ffn, backward)})
 
 
-def bias_gelu_case(width: int, model: str, backward: bool) -> Case:
+def bias_gelu_case(width: int, model: str, backward: bool, tokens: int) -> Case:
     def build(device: torch.device) -> Run:
-        x, grad, bias = (normal(device, *shape) for shape in ((TOKENS, width), (TOKENS, width), (width,)))
+        x, grad, bias = (normal(device, *shape) for shape in ((tokens, width), (tokens, width), (width,)))
         if backward:
             return lambda: bias_gelu_backward_launch(grad, x, bias)
         return lambda: bias_gelu_launch(x, bias)
 
-    shapes: list[tuple[int, ...]] = [(TOKENS, width), (width,)]
+    shapes: list[tuple[int, ...]] = [(tokens, width), (width,)]
     return Case(
-        kernel=f"bias+GELU {'backward' if backward else 'forward'}", shape=f"{TOKENS} x {width} ({model})",
-        dtype="bf16", build=build, bytes=(3 if backward else 2) * TOKENS * width * 2, target=0.85,
+        kernel=f"bias+GELU {'backward' if backward else 'forward'}", shape=f"{tokens} x {width} ({model})",
+        dtype="bf16", build=build, bytes=(3 if backward else 2) * tokens * width * 2, target=0.85,
         peers={"torch eager": peer(bias_gelu, shapes, backward, compiled=False),
                "torch.compile": peer(bias_gelu, shapes, backward, compiled=True)})
 
 
-CASES = [case for backward in (False, True)
-         for case in (glu_case("silu", 14336, "7B", backward), glu_case("silu", 3584, "70B, tp 8", backward),
-                      glu_case("gelu", 14336, "7B", backward), bias_gelu_case(16384, "7B", backward))]
+def cases(tokens: int) -> list[Case]:
+    return [case for backward in (False, True)
+            for case in (glu_case("silu", 14336, "7B", backward, tokens),
+                         glu_case("silu", 3584, "70B, tp 8", backward, tokens),
+                         glu_case("gelu", 14336, "7B", backward, tokens),
+                         bias_gelu_case(16384, "7B", backward, tokens))]
+
+
+CASES, TINY = cases(TOKENS), cases(FEW)

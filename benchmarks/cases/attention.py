@@ -136,12 +136,19 @@ def case(name: str, shape: Shape, way: str, *, documents: Sequence[int] | None =
 
 SEVEN = (1, 32, 8, 8192, 128)
 FOUR_DOCUMENTS = [0, 2048, 2048, 2048, 2048]
+SHORT = 205
+"""Tokens of a tiny case: two tiles of queries, the second one cut."""
+Asked = tuple[str, Shape, dict[str, Any]]
+REAL: list[Asked] = [
+    ("", (2, 32, 8, 4096, 128), {}), ("", SEVEN, {}), ("", (1, 32, 8, 16384, 128), {}),
+    ("70B, tp 8", (1, 8, 1, 8192, 128), {}), ("", (1, 32, 32, 8192, 64), {}), ("", (1, 16, 16, 8192, 256), {}),
+    ("four documents", SEVEN, {"documents": FOUR_DOCUMENTS}), ("window 4096", SEVEN, {"window": 4096}),
+    ("", (1, 8, 8, 2048, 64), {"dtype": torch.float32})]
+SMALL: list[Asked] = [
+    ("", (1, 4, 1, SHORT, 128), {}), ("", (1, 2, 2, SHORT, 64), {}), ("", (1, 1, 1, SHORT, 256), {}),
+    ("four documents", (1, 2, 1, SHORT, 128), {"documents": [0, 5, 100, 60, 40]}),
+    ("window 100", (1, 2, 1, SHORT, 128), {"window": 100}), ("", (1, 1, 1, SHORT, 64), {"dtype": torch.float32})]
 # Targets of 420 and 300 TFLOP/s, as shares of 790.
-CASES = [case(*arguments, way, share=share, **more)  # type: ignore[arg-type]
-         for way, share in (("forward", 0.53), ("backward", 0.38))
-         for arguments, more in (
-             (("", (2, 32, 8, 4096, 128)), {}), (("", SEVEN), {}), (("", (1, 32, 8, 16384, 128)), {}),
-             (("70B, tp 8", (1, 8, 1, 8192, 128)), {}), (("", (1, 32, 32, 8192, 64)), {}),
-             (("", (1, 16, 16, 8192, 256)), {}), (("four documents", SEVEN), {"documents": FOUR_DOCUMENTS}),
-             (("window 4096", SEVEN), {"window": 4096}),
-             (("", (1, 8, 8, 2048, 64)), {"dtype": torch.float32}))]
+CASES, TINY = ([case(name, shape, way, share=share, **more)
+                for way, share in (("forward", 0.53), ("backward", 0.38)) for name, shape, more in asked]
+               for asked in (REAL, SMALL))

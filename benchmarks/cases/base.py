@@ -1,7 +1,9 @@
 """A case: one launcher at one real shape, with the bytes and operations it cannot do without, and its peers.
 
 The same cases are timed on a GPU (`benchmarks/kernels.py`) and compiled without one (`benchmarks/resources.py`, where
-the tensors are on the meta device and launches only compile).
+the tensors are on the meta device and launches only compile). Each file has them twice: `CASES` at real shapes, and
+`TINY` with the widths that choose a kernel's configuration but few rows, for tools that slow a kernel down
+(`benchmarks/sanitize.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+TOKENS, FEW = 8192, 7
+"""Rows of a case at a real shape, and of a tiny one: an odd number, so that the last tile is cut."""
 
 Run = Callable[[], Any]
 Build = Callable[[torch.device], Run | None]

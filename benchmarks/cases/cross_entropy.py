@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from cases.base import Build, Case, Run
+from cases.base import FEW, TOKENS, Build, Case, Run
 from engine.kernels.cross_entropy import launch_gradient_, launch_reduction, launch_statistics
-
-TOKENS = 8192
 
 
 class Alone:
@@ -20,21 +18,21 @@ class Alone:
         """The sum over one rank."""
 
 
-def inputs(device: torch.device, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [TOKENS, columns] and labels."""
-    logits = torch.empty(TOKENS, columns, dtype=dtype, device=device)
-    labels = torch.zeros(TOKENS, dtype=torch.int64, device=device)
+def inputs(device: torch.device, tokens: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [tokens, columns] and labels."""
+    logits = torch.empty(tokens, columns, dtype=dtype, device=device)
+    labels = torch.zeros(tokens, dtype=torch.int64, device=device)
     if device.type != "meta":
         logits.normal_()
         labels.random_(columns)
     return logits, labels
 
 
-def ours(columns: int, dtype: torch.dtype, ranks: int = 1) -> Build:
+def ours(tokens: int, columns: int, dtype: torch.dtype, ranks: int = 1) -> Build:
     """The logits are used up: their gradient is the next run's logits, which takes as long."""
     def build(device: torch.device) -> Run:
-        logits, labels = inputs(device, columns, dtype)
-        grads = torch.full((TOKENS,), 1 / TOKENS, device=device)
+        logits, labels = inputs(device, tokens, columns, dtype)
+        grads = torch.full((tokens,), 1 / tokens, device=device)
         vocab = columns * ranks
 
         def run() -> torch.Tensor:
@@ -49,11 +47,11 @@ def ours(columns: int, dtype: torch.dtype, ranks: int = 1) -> Build:
     return build
 
 
-def differentiated(columns: int, dtype: torch.dtype, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-                   compiled: bool = False) -> Build:
+def differentiated(tokens: int, columns: int, dtype: torch.dtype,
+                   loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], compiled: bool = False) -> Build:
     """A peer: the mean loss and its backward pass."""
     def build(device: torch.device) -> Run:
-        logits, labels = inputs(device, columns, dtype)
+        logits, labels = inputs(device, tokens, columns, dtype)
         logits.requires_grad_()
         function = torch.compile(loss) if compiled else loss
 
@@ -67,14 +65,14 @@ def differentiated(columns: int, dtype: torch.dtype, loss: Callable[[torch.Tenso
     return build
 
 
-def liger(columns: int, dtype: torch.dtype) -> Build:
+def liger(tokens: int, columns: int, dtype: torch.dtype) -> Build:
     """Its gradient is made in the forward pass, in the memory of the logits: they are used up, as ours are."""
     def build(device: torch.device) -> Run | None:
         try:
             from liger_kernel.transformers.functional import liger_cross_entropy
         except ImportError:
             return None
-        logits, labels = inputs(device, columns, dtype)
+        logits, labels = inputs(device, tokens, columns, dtype)
         logits.requires_grad_()
 
         def run() -> torch.Tensor | None:
@@ -96,23 +94,24 @@ def formula(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (wide.exp().sum(-1).log() - label).mean()
 
 
-def case(columns: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+def case(tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     """All columns on one rank."""
     return Case(
-        kernel="cross-entropy", shape=f"{TOKENS} x {columns}", dtype={2: "bf16", 4: "fp32"}[dtype.itemsize],
-        build=ours(columns, dtype), bytes=3 * TOKENS * columns * dtype.itemsize, target=0.80,
-        peers={"torch eager": differentiated(columns, dtype, F.cross_entropy),
-               "torch.compile": differentiated(columns, dtype, F.cross_entropy, compiled=True),
-               "Liger": liger(columns, dtype)})
+        kernel="cross-entropy", shape=f"{tokens} x {columns}", dtype={2: "bf16", 4: "fp32"}[dtype.itemsize],
+        build=ours(tokens, columns, dtype), bytes=3 * tokens * columns * dtype.itemsize, target=0.80,
+        peers={"torch eager": differentiated(tokens, columns, dtype, F.cross_entropy),
+               "torch.compile": differentiated(tokens, columns, dtype, F.cross_entropy, compiled=True),
+               "Liger": liger(tokens, columns, dtype)})
 
 
-def parallel_case(columns: int, ranks: int) -> Case:
+def parallel_case(tokens: int, columns: int, ranks: int) -> Case:
     """One rank's share of the columns."""
     return Case(
-        kernel="vocabulary-parallel cross-entropy", shape=f"{TOKENS} x {columns} of {columns * ranks}", dtype="bf16",
-        build=ours(columns, torch.bfloat16, ranks), bytes=3 * TOKENS * columns * 2, target=0.75,
-        peers={"formula in torch": differentiated(columns, torch.bfloat16, formula),
-               "formula, torch.compile": differentiated(columns, torch.bfloat16, formula, compiled=True)})
+        kernel="vocabulary-parallel cross-entropy", shape=f"{tokens} x {columns} of {columns * ranks}", dtype="bf16",
+        build=ours(tokens, columns, torch.bfloat16, ranks), bytes=3 * tokens * columns * 2, target=0.75,
+        peers={"formula in torch": differentiated(tokens, columns, torch.bfloat16, formula),
+               "formula, torch.compile": differentiated(tokens, columns, torch.bfloat16, formula, compiled=True)})
 
 
-CASES = [case(128256), case(32000), case(32000, torch.float32), parallel_case(16032, 8)]
+CASES, TINY = ([case(tokens, 128256), case(tokens, 32000), case(tokens, 32000, torch.float32),
+                parallel_case(tokens, 16032, 8)] for tokens in (TOKENS, FEW))

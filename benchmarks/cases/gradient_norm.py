@@ -50,3 +50,4 @@ def case(shape: str, lengths: Sequence[int]) -> Case:
 
 
 CASES = [case(f"{FLAT[0]:,} in one tensor", FLAT), case(f"{sum(SHARD):,} in {len(SHARD)} tensors", SHARD)]
+TINY = [case("20,005 in one tensor", [20_005]), case("10,082 in 3 tensors", [5, 10_000, 77])]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._functorch import config as functorch
 
-from cases.base import Build, Case, Run
+from cases.base import FEW, TOKENS, Build, Case, Run
 from engine.kernels.norm import apex_norm, backward, forward
 
 EPS = 1e-5
@@ -113,10 +113,15 @@ def case(shape: Shape, said: str, way: str, added: bool, centred: bool) -> Case:
         peers={name: peer(call, shape, way, added, centred, here) for name, (call, here) in calls.items()})
 
 
-CASES = [case(shape, said, way, added, centred)
-         for shape, said, added, centred in (
-             ((8192, 4096), "8192 x 4096 (7B)", False, False), ((8192, 4096), "8192 x 4096 (7B)", True, False),
-             ((8192, 8192), "8192 x 8192 (70B)", True, False), ((8192, 5120), "8192 x 5120 (13B)", True, False),
-             ((8192, 4096), "8192 x 4096", False, True), ((8192, 4096), "8192 x 4096", True, True),
-             ((8192, 32, 128), "8192 x 32 heads of 128", False, False))
-         for way in ("forward", "backward")]
+def cases(tokens: int) -> list[Case]:
+    """Every width with so many rows."""
+    return [case((tokens, *width), f"{tokens} x {said}", way, added, centred)
+            for width, said, added, centred in (
+                ((4096,), "4096 (7B)", False, False), ((4096,), "4096 (7B)", True, False),
+                ((8192,), "8192 (70B)", True, False), ((5120,), "5120 (13B)", True, False),
+                ((4096,), "4096", False, True), ((4096,), "4096", True, True),
+                ((32, 128), "32 heads of 128", False, False))
+            for way in ("forward", "backward")]
+
+
+CASES, TINY = cases(TOKENS), cases(FEW)

@@ -92,3 +92,6 @@ def cases(shape: Shape, dtype: torch.dtype = torch.bfloat16, causal: bool = Fals
 CASES = [*cases((4, 32, 2048, 2048)), *cases((4, 32, 2048, 2048), causal=True),
          *cases((4, 32, 2048, 2048), masked=True)[:1], *cases((1, 8, 8192, 8192), causal=True),
          *cases((1, 2, 16384, 16384), torch.float32), *cases((1, 1, 4096, 32768))]
+# As many keys, few queries.
+TINY = [*cases((1, 2, 5, 2048)), *cases((1, 2, 5, 2048), causal=True), *cases((2, 1, 5, 2048), masked=True)[:1],
+        *cases((1, 1, 3, 8192), causal=True), *cases((1, 1, 3, 16384), torch.float32), *cases((1, 1, 3, 32768))]

@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -177,14 +178,15 @@ def test_rows_of_another_gpu_are_not_mixed_in(bench: ModuleType, results: Callab
     assert "written anew" in capsys.readouterr().out
 
 
-def test_a_picture_for_each_family(bench: ModuleType, results: Callable[[str], Any], tmp_path: Path) -> None:
+def test_the_pictures_of_all_families_are_one_file(bench: ModuleType, results: Callable[[str], Any],
+                                                   tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = results("H100")
     found.add(measured(bench))
     found.add(measured(bench, shape="9 x 9", build=broken))
     found.plot()
-    assert [path.name for path in tmp_path.glob("*.png")] == ["kernels-family.png"]
-    assert (tmp_path / "kernels-family.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.csv", "kernels.json", "kernels.pdf"]
+    assert (tmp_path / "kernels.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_without_matplotlib_a_line_says_so(bench: ModuleType, results: Callable[[str], Any], tmp_path: Path,
@@ -193,7 +195,7 @@ def test_without_matplotlib_a_line_says_so(bench: ModuleType, results: Callable[
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     found.add(measured(bench))
     found.plot()
-    assert "triax[plot]" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
+    assert "triax[plot]" in capsys.readouterr().out and not list(tmp_path.glob("*.pdf"))
 
 
 def test_the_budget_stops_between_cases_and_names_what_is_left(bench: ModuleType,
@@ -212,6 +214,49 @@ def test_only_takes_files_and_kernels_and_refuses_other_words(bench: ModuleType)
         ("adamw", "AdamW"), ("gradient_norm", "gradient norm")}
     with pytest.raises(SystemExit, match="no cases named horse; there are"):
         bench.picked(["horse"])
+
+
+def test_peers_are_chosen_by_words_in_their_names(bench: ModuleType) -> None:
+    todo = bench.picked([])
+    assert bench.with_peers(todo, "all") == todo
+    few = bench.with_peers(todo, "eager, SDPA")
+    names = {name for _, case in few for name in case.peers}
+    assert {"torch eager", "SDPA flash", "SDPA cuDNN"} <= names and not {"torch.compile", "Liger", "apex"} & names
+    assert [case.build for _, case in few] == [case.build for _, case in todo]
+    for words, named in (("eager,hors", "hors"), ("", "''")):
+        with pytest.raises(SystemExit, match=f"no peers named {named}; there are all: .*FlexAttention"):
+            bench.with_peers(todo, words)
+
+
+def test_every_kernel_has_tiny_cases_of_a_fiftieth_of_the_work_at_most(bench: ModuleType) -> None:
+    """What the sanitizer watches: at real shapes it comes to a few of them in its time."""
+    real, tiny = (bench.cases.all_cases(tiny=size) for size in (False, True))
+    assert {case.kernel for case in tiny} == {case.kernel for case in real}
+    for kernel in {case.kernel for case in tiny}:
+        most, least = (edge(case.bytes + case.flops for case in some if case.kernel == kernel)
+                       for edge, some in ((max, tiny), (min, real)))
+        assert 0 < most < least / 50, (kernel, most, least)
+
+
+@pytest.mark.parametrize("family", ["adamw", "gradient_norm", "rope", "softmax"])
+def test_what_the_sanitizer_watches_runs(sanitize: ModuleType, bench: ModuleType, family: str,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    sanitize.run_cases([family], DEVICE)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(bench.cases.all_cases([family], tiny=True)) + 1 and lines[-1] == "all cases"
+
+
+LARGER = ["activation", "attention", "cross_entropy", "dropout", "linear_cross_entropy", "norm"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", LARGER)
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_what_the_sanitizer_watches_runs_for_larger_kernels(sanitize: ModuleType, bench: ModuleType,
+                                                            family: str) -> None:
+    pytest.importorskip("triton")
+    sanitize.run_cases([family], DEVICE)
 
 
 def test_every_case_can_be_held_against_a_floor_and_told_from_the_others(bench: ModuleType) -> None:
