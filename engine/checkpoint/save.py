@@ -39,18 +39,33 @@ def save_checkpoint(root: Path, step: int, entries: Iterable[Entry], *, rank: in
     needs, plain JSON) and `assets` (the files of hf/) are taken from rank 0. All but the newest `keep` are deleted.
     Raises UserError on every rank when any rank fails; the temporary folder is then gone and `latest` untouched.
     """
-    parts = [part_of(entry) for entry in entries if entry.piece.member.primary]
-    return save_parts(root, step, parts, rank=rank, world=world, agree=agree, meta=meta, assets=assets, keep=keep)
+    return save_parts(root, step, parts_of(entries), rank=rank, world=world, agree=agree, meta=meta, assets=assets,
+                      keep=keep)
+
+
+def parts_of(entries: Iterable[Entry]) -> list[Part]:
+    """What this rank writes of its entries: copies are left to the rank whose member is primary."""
+    return [part_of(entry) for entry in entries if entry.piece.member.primary]
 
 
 def save_parts(root: Path, step: int, parts: Iterable[Part], *, rank: int, world: int, agree: Agree,
                meta: Mapping[str, Any], assets: Assets, keep: int = 0) -> Path:
     """`save_checkpoint` of parts that are read when they are written."""
-    save = _Save(root, step, rank, world, agree)
-    save.phase(save.prepare)
-    save.phase(lambda: save.write(list(parts)))
-    save.phase(lambda: save.finish(meta, assets, keep))
-    return save.final
+    work = SaveWork(root, step, list(parts), rank=rank, world=world, meta=meta, assets=assets, keep=keep)
+    for phase in work.phases:
+        error = attempt(phase)
+        if agree([float(error is not None)])[0]:
+            raise work.failed(error, agree) from error
+    return work.final
+
+
+def attempt(phase: Callable[[], None]) -> Exception | None:
+    """Does a phase; returns what went wrong."""
+    try:
+        phase()
+    except Exception as error:
+        return error
+    return None
 
 
 def alone(numbers: Sequence[float]) -> Sequence[float]:
@@ -58,37 +73,40 @@ def alone(numbers: Sequence[float]) -> Sequence[float]:
     return numbers
 
 
-class _Save:
-    """One rank's part in one save."""
+class SaveWork:
+    """One rank's part in one save, as phases. A rank begins a phase when all ranks have ended the one before it."""
 
-    def __init__(self, root: Path, step: int, rank: int, world: int, agree: Agree) -> None:
-        self.root, self.step, self.rank, self.world, self.agree = root, step, rank, world, agree
+    def __init__(self, root: Path, step: int, parts: Sequence[Part], *, rank: int, world: int,
+                 meta: Mapping[str, Any], assets: Assets, keep: int = 0,
+                 before: Callable[[], None] = lambda: None) -> None:
+        """`before` runs on rank 0 before the checkpoint gets its name: what a reader of it must find on the disk."""
+        self.root, self.step, self.parts, self.rank, self.world = root, step, parts, rank, world
+        self.meta, self.assets, self.keep, self.before = meta, assets, keep, before
         self.final = root / step_name(step)
         self.temporary = root / f".tmp-{self.final.name}"
         self.announced = False
+        self.phases = (self.prepare, self.write, self.finish)
 
-    def phase(self, work: Callable[[], None]) -> None:
-        """Does this rank's work of a phase. Raises on every rank when any has failed; nothing of the save is left."""
-        error: Exception | None = None
-        try:
-            work()
-        except Exception as raised:
-            error = raised
-        if not self.agree([float(error is not None)])[0]:
-            return
-        failure = self._failure(error)
+    def failed(self, error: Exception | None, agree: Agree) -> Exception:
+        """What to raise on this rank when any rank has failed; every rank calls it when its own work has ended.
+        Nothing of the save is left."""
+        failure = self._failure(error, agree)
         if self.rank == 0:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            if self.announced:
-                (self.root / INTENT).unlink(missing_ok=True)
-        raise failure from error
+            self.discard()
+        return failure
 
-    def _failure(self, error: Exception | None) -> Exception:
-        """What to raise: this rank's own error, or what the first rank that failed says of its own, byte by byte."""
-        failed = self.agree([float(error is not None and rank == self.rank) for rank in range(self.world)])
+    def discard(self) -> None:
+        """Rank 0: deletes what has been written."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        if self.announced:
+            (self.root / INTENT).unlink(missing_ok=True)
+
+    def _failure(self, error: Exception | None, agree: Agree) -> Exception:
+        """This rank's own error, or what the first rank that failed says of its own, byte by byte."""
+        failed = agree([float(error is not None and rank == self.rank) for rank in range(self.world)])
         first = next(rank for rank, count in enumerate(failed) if count)
         said = _reason(error, self.final).encode()[:REASON] if error is not None and first == self.rank else b""
-        told = self.agree([float(byte) for byte in said.ljust(REASON, b"\0")])
+        told = agree([float(byte) for byte in said.ljust(REASON, b"\0")])
         if isinstance(error, (OSError, UserError)):
             return UserError(_reason(error, self.final))
         reason = bytes(int(byte) for byte in told).rstrip(b"\0").decode(errors="replace")
@@ -107,34 +125,35 @@ class _Save:
                 shutil.rmtree(leftover)
         self.temporary.mkdir()
 
-    def write(self, parts: list[Part]) -> None:
+    def write(self) -> None:
         """Writes this rank's slices, and a report of them for rank 0."""
         if not _seen(lambda: os.scandir(self.temporary).close(), self.root):
             raise UserError(f"{self.temporary} of rank 0 is not there on rank {self.rank}; --out must be on a file "
                             "system that all machines share")
         name = f"rank-{self.rank:05d}.safetensors"
-        blocks = [Block(part.key, part.dtype, part.extent, part.read) for part in parts]
+        blocks = [Block(part.key, part.dtype, part.extent, part.read) for part in self.parts]
         sums = write_tensors(self.temporary / name, blocks) if blocks else {}
         report = {"file": name, "bytes": (self.temporary / name).stat().st_size if blocks else 0, "slices": [
             {"name": part.name, "whole": part.shape, "dtype": dtype_name(part.dtype), "key": part.key,
-             "offset": part.start, "shape": part.extent, "crc32": sums[part.key]} for part in parts]}
+             "offset": part.start, "shape": part.extent, "crc32": sums[part.key]} for part in self.parts]}
         self._report(self.rank).write_text(json.dumps(report), encoding="utf-8")
 
-    def finish(self, meta: Mapping[str, Any], assets: Assets, keep: int) -> None:
+    def finish(self) -> None:
         """Rank 0: merges the reports, writes hf/ and the manifest, renames, moves `latest`, deletes the old."""
         if self.rank > 0:
             return
-        clash = sorted(set(meta) & set(OWN_KEYS))
+        clash = sorted(set(self.meta) & set(OWN_KEYS))
         if clash:
             raise UserError(f"the checkpoint's meta cannot have the keys {', '.join(clash)}")
         reports = [self._read_report(rank) for rank in range(self.world)]
-        manifest = Manifest(self.step, meta, {r["file"]: r["bytes"] for r in reports if r["slices"]},
-                            _write_assets(self.temporary / "hf", assets), _merge(reports))
+        manifest = Manifest(self.step, self.meta, {r["file"]: r["bytes"] for r in reports if r["slices"]},
+                            _write_assets(self.temporary / "hf", self.assets), _merge(reports))
         (self.temporary / MANIFEST).write_bytes(dump_manifest(manifest))
         sync(self.temporary / MANIFEST)
         for rank in range(self.world):
             self._report(rank).unlink()
         sync(self.temporary)
+        self.before()
         self.announced = True
         announce(self.root, self.final.name)
         os.rename(self.temporary, self.final)
@@ -144,7 +163,7 @@ class _Save:
         except OSError:
             os.rename(self.final, self.temporary)  # so that all ranks agree that this save has failed
             raise
-        prune(self.root, keep, self.final)
+        prune(self.root, self.keep, self.final)
 
     def _report(self, rank: int) -> Path:
         return self.temporary / f"rank-{rank:05d}.json"

@@ -39,6 +39,11 @@ class Part:
         ranges = ",".join(f"{low}:{low + size}" for low, size in zip(self.start, self.extent, strict=True))
         return f"{self.name}[{ranges}]"
 
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return math.prod(self.extent) * self.dtype.itemsize
+
 
 def part_of(entry: Entry) -> Part:
     """The part that an entry writes."""

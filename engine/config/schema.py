@@ -152,6 +152,9 @@ class SaveConfig:
     """Like --resume, from the checkpoint of this step: later ones are set aside as step-00000020.old."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
+    save_wait: bool = False
+    """Train on only when a checkpoint is on the disk. Else a copy of the state is taken in the machine's memory, and
+    written while the next steps train."""
     keep: int = 0
     """Checkpoints kept, newest first; 0 keeps all."""
     eval_every: int = 0

@@ -7,7 +7,7 @@ import gc
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -65,19 +65,19 @@ class Evaluate:
 
 @dataclass
 class Save:
-    """Writes a checkpoint every so many steps and at the end; before it, `sync` forces the steps' lines to the disk."""
+    """Saves a checkpoint every so many steps and at the end. `save(wait)` returns when it stands on the disk where
+    `wait` is set, else when training may go on."""
 
     every: int
-    save: Callable[[], None]
-    sync: Sequence[Callable[[], None]] = ()
+    save: Callable[[bool], None]
+    wait: bool = False
+    """After every one; after the last one it is waited for anyway."""
     heart: Heart = field(default_factory=Heart)
 
     def after_step(self, record: StepRecord, last: bool) -> None:
         if last or (self.every and record.step % self.every == 0):
             self.heart.enter(Phase.SAVE)
-            for sync in self.sync:
-                sync()
-            self.save()
+            self.save(last or self.wait)
 
 
 def metrics_line(record: StepRecord) -> dict[str, Any]:

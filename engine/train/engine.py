@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,6 +54,31 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+class Rider(Protocol):
+    """What goes on beside the steps on all ranks, and agrees on how far it is in the message that a step ends with."""
+
+    def before_update(self) -> None:
+        """Called in a step before weights and optimizer state change."""
+
+    def numbers(self) -> tuple[float, float]:
+        """What this rank adds to the message."""
+        ...
+
+    def heard(self, first: float, second: float, /) -> None:
+        """The sums of all ranks' numbers; what it raises, it raises on every rank."""
+
+
+class NoRider:
+    """Nothing goes on beside the steps."""
+
+    def before_update(self) -> None: ...
+
+    def numbers(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def heard(self, first: float, second: float, /) -> None: ...
+
+
 class Engine:
     """Builds this rank's part of the model and trains it."""
 
@@ -71,6 +97,7 @@ class Engine:
         self.optimizer = ShardedAdamW([c.buckets for c in self.chunks if c.buckets], config.optimizer, mesh,
                                       self.parts.kernels.optimizer)
         self.positions = lru_cache(2)(lambda seq: torch.arange(seq, device=device))  # one tensor for equal lengths
+        self.rider: Rider = NoRider()
         self.step = 0
 
     def _build(self, stage: int) -> tuple[Decoder, GradientBuckets]:
@@ -105,12 +132,14 @@ class Engine:
         lr = learning_rate(self.config.optimizer, self.step, self.config.batch.steps)
         self.mesh.heart.enter(Phase.OPTIMIZER)
         numbers = self._report(loss_sum, crc_of(batch), stop, self.optimizer.squares())
+        self.rider.before_update()
         self.optimizer.step(lr, self.optimizer.control(numbers[0], numbers[3]))
-        loss, crc, stops, norm2 = self._read(numbers)  # the device is at work on the update by now
+        loss, crc, stops, norm2, *ridden = self._read(numbers)  # the device is at work on the update by now
         self.step += 1
         result = StepResult(loss / total, math.sqrt(norm2), lr, read, total, squares, int(crc), stops > 0)
         if result.finite:
             self.optimizer.steps += 1
+        self.rider.heard(*ridden)
         return result
 
     def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
@@ -120,12 +149,18 @@ class Engine:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         total = 0
         for done, batch in enumerate(batches):
-            if done and self._read(self._report(torch.zeros_like(loss), 0, stop()))[2]:
+            if done and self._agreed_sums(torch.zeros_like(loss), stop())[1]:
                 return None
             micros = self._micro_batches(batch)
             total += self._counts(batch)[0]
             loss += self.executor.evaluate(micros)
-        return self._read(self._report(loss, 0, False))[0] / max(1, total)
+        return self._agreed_sums(loss, False)[0] / max(1, total)
+
+    def _agreed_sums(self, loss: torch.Tensor, stop: bool) -> tuple[float, float]:
+        """The loss and the wish to stop, summed as `_report` does between steps."""
+        loss_sum, _, stops, _, *ridden = self._read(self._report(loss, 0, stop))
+        self.rider.heard(*ridden)
+        return loss_sum, stops
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """The batch on the device, cut into micro-batches; under sequence parallelism padded to a length that tp
@@ -163,12 +198,13 @@ class Engine:
         return supervised, tokens, squares
 
     def _report(self, loss: torch.Tensor, crc: int, stop: bool, squares: torch.Tensor | None = None) -> torch.Tensor:
-        """Sums over the world, in one message, float64 [4] on the device: the loss (the last stage's, once a tp group),
-        the samples' checksum (once a dp rank), the wish to stop, and the gradients' squares."""
+        """Sums over the world, in one message, float64 [6] on the device: the loss (the last stage's, once a tp group),
+        the samples' checksum (once a dp rank), the wish to stop, the gradients' squares, and the rider's numbers."""
         voice = self.mesh.tp == 0 and self.mesh.pp == self.mesh.size("pp") - 1
-        own = loss.new_tensor([float(crc if voice else 0), float(stop)])
+        own = loss.new_tensor([float(crc if voice else 0), float(stop), *self.rider.numbers()])
         squares = torch.zeros_like(loss) if squares is None else squares
-        return self._sum(torch.cat([(loss if voice else torch.zeros_like(loss)).view(1), own, squares.view(1)]))
+        spoken = loss if voice else torch.zeros_like(loss)
+        return self._sum(torch.cat([spoken.view(1), own[:2], squares.view(1), own[2:]]))
 
     def agree(self, numbers: Sequence[float]) -> list[float]:
         """The sums of some numbers over all ranks; every rank calls it with as many."""

@@ -72,9 +72,10 @@ class JsonLines:
 
     def sync(self) -> None:
         """Forces the lines to the disk: before a checkpoint, so that none of its steps lacks its line after a power
-        cut."""
+        cut. Another thread may call it."""
+        file = self.file
         try:
-            os.fsync(self.file.fileno())
+            os.fsync(file.fileno())
         except OSError as error:
             raise self._failure(error) from None
 
@@ -84,8 +85,7 @@ class JsonLines:
             file = open(self.path, "ab", buffering=0)  # noqa: SIM115  open as long as the run
         except (FileNotFoundError, NotADirectoryError):
             return  # the folder itself is gone, which `WatchFolder` sees
-        self.file.close()
-        self.file = file
+        self.file = file  # the old one closes itself when no thread syncs it any more
 
     def _failure(self, error: OSError) -> UserError:
         return UserError(f"{shown(self.path)} cannot be written: {error.strerror or error}; when that is mended, go on "

@@ -7,8 +7,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,9 +18,11 @@ import torch
 
 import engine as triax
 from engine.checkpoint import Checkpoint, TensorSource, load_weights, save_checkpoint
+from engine.checkpoint.background import BackgroundSave, Saved
 from engine.checkpoint.folders import go_back, tidy
 from engine.checkpoint.grow import grown
 from engine.checkpoint.source import refuse_nonfinite
+from engine.comm.heart import Phase
 from engine.config import to_dict, to_yaml
 from engine.data.batches import Batch, Batches, rows_of, share_of
 from engine.errors import UserError, shown
@@ -43,6 +45,7 @@ from engine.train.callbacks import (
 from engine.train.engine import Engine
 from engine.train.gather import gathered
 from engine.train.job import Job
+from engine.train.launch import Diverged
 from engine.train.lines import JsonLines
 from engine.train.lock import RunLock
 from engine.train.loop import train
@@ -108,6 +111,12 @@ class _Session:
         self.engine.optimizer.gather()  # each dp rank has read its own rows
         self.feed = agreed(lambda: make_feed(job, mesh, self.origin), mesh, job.device)
         self.assets = self._assets() if place.rank == 0 and self.out is not None else {}
+        self.lines: list[JsonLines] = []
+        self.saving: BackgroundSave | None = None
+        if self.out is not None:
+            self.saving = self.engine.rider = BackgroundSave(
+                self.out / "checkpoints", rank=place.rank, world=place.world, agree=self.engine.agree,
+                device=job.device, told=self._say_saved)
 
     def say(self, line: str) -> None:
         """A line of the start-up report; rank 0 speaks."""
@@ -142,7 +151,8 @@ class _Session:
             return True
         console = Console(config.batch.steps, self.engine.step, config.save.log_every) if self.place.rank == 0 else None
         try:
-            finished = train(self.engine, self.feed.batches, self._callbacks(console), self._mfu, self.stop)
+            with self._last_save():
+                finished = train(self.engine, self.feed.batches, self._callbacks(console), self._mfu, self.stop)
         finally:
             if console is not None:
                 console.close()
@@ -159,10 +169,10 @@ class _Session:
             share = share_of(self.feed.valid, self.mesh.dp, self.mesh.size("dp"))
             parts = rows_of(share, EVALUATED_AT_ONCE * self.mesh.size("pp") * self.job.config.batch.micro_batch)
             callbacks.append(Evaluate(save.eval_every, lambda: self.engine.evaluate(parts, lambda: self.stop.asked)))
-        lines = agreed(self._open_folder, self.mesh, self.job.device)
-        callbacks += lines
+        self.lines = agreed(self._open_folder, self.mesh, self.job.device)
+        callbacks += self.lines
         if self.out is not None:  # after its lines: a run that dies in between writes them again, and misses none
-            callbacks.append(Save(save.save_every, self._save, [item.sync for item in lines], self.mesh.heart))
+            callbacks.append(Save(save.save_every, self._save, save.save_wait, self.mesh.heart))
         if self.guard is not None:
             callbacks.append(self.guard)
         if console is not None:
@@ -200,17 +210,49 @@ class _Session:
         return {"step": record.step, "first": self.origin + (record.step - 1) * count, "count": count,
                 "crc": record.crc}
 
-    def _save(self) -> None:
-        assert self.out is not None
+    def _save(self, wait: bool) -> None:
+        """Saves this step: at once, or by `saving` while the next steps train."""
+        assert self.out is not None and self.saving is not None
         job, engine = self.job, self.engine
-        start = time.perf_counter()
         meta = {"samples": self.origin + engine.step * job.config.batch.global_batch, "config": to_dict(job.config),
                 "world": vars(job.layout), "optimizer_steps": engine.optimizer.steps,
                 "tokenizer": job.tokenizer.hash if job.tokenizer else None, "data": list(job.data)}
+        if not wait:
+            self.saving.save(engine.step, engine.optimizer.entries(), meta=meta, assets=self.assets,
+                             keep=job.config.save.keep, before=self._sync_lines)
+            return
+        self.saving.finish()
+        start = time.perf_counter()
+        self._sync_lines()
         folder = save_checkpoint(
             self.out / "checkpoints", engine.step, engine.optimizer.entries(), rank=self.place.rank,
             world=self.place.world, agree=engine.agree, meta=meta, assets=self.assets, keep=job.config.save.keep)
         self.say(f"saved {folder} in {time.perf_counter() - start:.2f} s")
+
+    def _sync_lines(self) -> None:
+        for item in self.lines:
+            item.sync()
+
+    def _say_saved(self, saved: Saved) -> None:
+        self.say(f"saved {saved.folder} in {saved.seconds:.2f} s, for which training stood still {saved.waited:.2f} s")
+
+    @contextmanager
+    def _last_save(self) -> Iterator[None]:
+        """What a run that ends by an error owes to the save under way: to end it where all ranks know of the error, and
+        else to leave nothing half-written."""
+        try:
+            yield
+        except (Diverged, UserError) as error:
+            if self.saving is not None:
+                self.mesh.heart.enter(Phase.SAVE)
+                if isinstance(error, Diverged) or self.place.world == 1:
+                    try:
+                        self.saving.finish()
+                    except UserError as other:  # the run ends by the error that came first
+                        self.say(f"error: {other}")
+                else:
+                    self.saving.abandon()
+            raise
 
     def _assets(self) -> dict[str, bytes]:
         """The files an export needs, read once: the folder they come from may be pruned or deleted meanwhile."""

@@ -70,9 +70,9 @@ if FAULT == "mute":  # a transport that never raises
 if MINE and FAULT == "model":
     _Run._forward = sleepy(_Run._forward, 9)
 if MINE and FAULT == "save":
-    save._Save.write = sleepy(save._Save.write, 0)
+    save.SaveWork.write = sleepy(save.SaveWork.write, 0)
 if MINE and FAULT == "slow save":
-    save._Save.write = sleepy(save._Save.write, 0, 12)
+    save.SaveWork.write = sleepy(save.SaveWork.write, 0, 12)
 sys.exit(enter(EntryPoint("faulty", {}, pretrain.check_data), sys.argv[1:], (), (), make_feed))
 '''
 PAIR = [*runs.MODEL, "--pp", "2"]

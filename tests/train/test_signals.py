@@ -28,7 +28,7 @@ import os, sys, time
 from pathlib import Path
 from engine import pretrain
 from engine.parallel.executor import Executor
-from engine.train import run
+from engine.checkpoint.save import SaveWork
 from engine.train.entry import enter
 from engine.train.request import EntryPoint
 
@@ -43,7 +43,7 @@ def slow(function, seconds):
     return slowed
 
 if WHERE == "save":
-    run.save_checkpoint = slow(run.save_checkpoint, 2.0)
+    SaveWork.write = slow(SaveWork.write, 2.0)
 if WHERE == "evaluation":
     Executor.evaluate = slow(Executor.evaluate, 0.5)
 make_feed = slow(pretrain.make_feed, 1000.0) if WHERE == "start" else pretrain.make_feed
@@ -104,9 +104,10 @@ def test_each_warning_saves_first_evaluates_nothing_and_asks_to_be_requeued(
         assert all("valid_loss" not in line for line in run.metrics())
 
 
-@pytest.mark.parametrize("layout", [pytest.param("--tp 2", marks=pytest.mark.slow),
+@pytest.mark.parametrize("layout", [pytest.param("--tp 2 --save-wait", marks=pytest.mark.slow),
+                                    pytest.param("--tp 2", marks=pytest.mark.slow),
                                     pytest.param("--pp 2", marks=pytest.mark.soak),
-                                    pytest.param("", marks=pytest.mark.soak)])
+                                    pytest.param("--save-wait", marks=pytest.mark.soak)])
 def test_a_signal_in_a_save_ends_the_run_after_it(start: Callable[[Run], Run], data: list[str], tmp_path: Path,
                                                   layout: str) -> None:
     flags = [*runs.MODEL, *STEPS, *data, "--save-every", "2", *layout.split()]
@@ -116,8 +117,10 @@ def test_a_signal_in_a_save_ends_the_run_after_it(start: Callable[[Run], Run], d
     for rank in run.ranks:
         rank.terminate()
     assert run.codes() == [0, 0], run.said()
-    saved_at_the_last_line(run)
-    assert "stopped by SIGTERM at step 3" in run.said() and "Traceback" not in run.said()
+    step = saved_at_the_last_line(run)
+    assert f"stopped by SIGTERM at step {step}" in run.said() and "Traceback" not in run.said()
+    assert step == 3 or "--save-wait" not in layout
+    assert "checkpoints/step-00000002 in" in run.said(), "the save before it was not ended"
 
 
 @pytest.mark.slow
