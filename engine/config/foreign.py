@@ -93,7 +93,7 @@ MEGATRON: Table = MappingProxyType({
     "no-save-optim": _FORMAT, "no-save-rng": _FORMAT, "no-load-optim": _WEIGHTS, "no-load-rng": _WEIGHTS,
     "finetune": _WEIGHTS, "pretrained-checkpoint": _WEIGHTS,
     "use-checkpoint-args": ("", "--load takes the model's shape from the checkpoint"),
-    "async-save": ("", "saving beside the training is not there yet"),
+    "async-save": ("", "checkpoints are written beside training anyway; --save-wait waits for them"),
     "eval-interval": ("--eval-every", ""), "eval-iters": ("--eval-samples", "in sequences: iterations x "
                                                           "--global-batch"),
     "log-interval": ("--log-every", ""), "tensorboard-dir": _TRACKER, "wandb-project": _TRACKER,

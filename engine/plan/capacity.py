@@ -32,6 +32,8 @@ class Capacity:
     what: str
     total: int
     gpu: bool = False
+    main: int | None = None
+    """Bytes of main memory that the rank of a GPU can take; None where that is not known."""
 
     def usable(self, layout: Layout) -> int:
         """Bytes that a run in this layout may plan with."""
@@ -52,7 +54,8 @@ def capacity_of(device: torch.device, local_ranks: int) -> Capacity:
     one (containers)."""
     if device.type == "cuda":
         total = int(torch.cuda.get_device_properties(device).total_memory)
-        return Capacity(f"each GPU ({torch.cuda.get_device_name(device)})", total, gpu=True)
+        return Capacity(f"each GPU ({torch.cuda.get_device_name(device)})", total, gpu=True,
+                        main=main_memory() // max(1, local_ranks))
     what = f"this machine, shared by {local_ranks} processes," if local_ranks > 1 else "this machine"
     return Capacity(what, main_memory() // max(1, local_ranks))
 

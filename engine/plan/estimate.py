@@ -80,6 +80,15 @@ class Plan:
         """The stage that needs the most memory."""
         return max(self.stages, key=lambda stage: stage.memory.total)
 
+    @property
+    def copied(self) -> int:
+        """Bytes of main memory for the copy that the fullest rank makes of its state, to write it while training goes
+        on; 0 where the run only saves when it waits."""
+        save = self.config.save
+        if not save.out or not save.save_every or save.save_wait:
+            return 0
+        return max(stage.memory.weights // self.layout.dp + stage.memory.optimizer for stage in self.stages)
+
     def report(self) -> str:
         """A few aligned lines: the derived numbers, then the memory of one rank of each stage."""
         batch, model = self.config.batch, self.config.model
@@ -92,6 +101,9 @@ class Plan:
             ("tokens a step", f"{self.tokens_per_step:,} in {accumulation}"),
             ("bubble", f"{self.bubble:.1%} of a step"),
         ]
+        if self.copied:
+            facts.append(("saving", f"checkpoints are written from a copy of {bytes_text(self.copied)} a rank in main "
+                                    "memory; --save-wait takes none"))
         width = max(len(name) for name, _ in facts)
         lines = [f"{name:<{width}}  {text}" for name, text in facts]
         return "\n".join([*lines, "memory of one rank of each stage:", *self._stage_table()])

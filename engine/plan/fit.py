@@ -29,6 +29,7 @@ def require_memory(plan: Plan, capacity: Capacity) -> None:
     """Raises UserError when the plan's fullest rank needs more than a run may plan with on its device."""
     heaviest = plan.heaviest
     if heaviest.memory.total <= capacity.usable(plan.layout):
+        _require_copy(plan, capacity)
         return
     count = plan.layout.world
     where = "one process" if count == 1 else f"the fullest of {count} processes ({plan.layout}, stage {heaviest.rank})"
@@ -43,6 +44,15 @@ def require_memory(plan: Plan, capacity: Capacity) -> None:
         f"No layout of up to {MOST_RANKS} such devices holds it; lower --seq-len, or take a smaller --model",
         f"To try the whole chain here: {TRY_HERE}",
     ]))
+
+
+def _require_copy(plan: Plan, capacity: Capacity) -> None:
+    """Raises UserError when main memory does not hold what checkpoints are written from."""
+    left = capacity.main if capacity.gpu else capacity.total - plan.heaviest.memory.total
+    if left is not None and plan.copied > left:
+        raise UserError("checkpoints are written while training goes on, from a copy of the state: "
+                        f"{bytes_text(plan.copied)} on the fullest rank; main memory has {bytes_text(left)} left for "
+                        "it. Add --save-wait, which takes no copy")
 
 
 def _single(plan: Plan, tracer: Tracer) -> str | None:

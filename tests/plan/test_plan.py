@@ -286,6 +286,25 @@ def test_the_proposed_layout_fits_and_recompute_is_proposed_first() -> None:
         require_memory(plan, Capacity("this GPU", available))
 
 
+def test_the_copy_that_checkpoints_are_written_from_is_planned() -> None:
+    config = config_of("--model 1b --seq-len 2048 --out run --save-every 100")
+    plan = estimate(config, Layout(), torch.bfloat16)
+    assert plan.copied == 14 * plan.parameters and "saving" in plan.report()
+    assert estimate(config_of("--model 1b --global-batch 64 --out run --save-every 100"), Layout(dp=2),
+                    torch.bfloat16).copied == 7 * plan.parameters
+    for waits in ("--out run --save-every 100 --save-wait", "--out run", "--save-every 100"):
+        other = estimate(config_of(f"--model 1b --seq-len 2048 {waits}"), Layout(), torch.bfloat16)
+        assert other.copied == 0 and "saving" not in other.report()
+    need = plan.heaviest.memory.total
+    for sound in (Capacity("this machine", need + plan.copied), Capacity("each GPU", 2 * need, gpu=True),
+                  Capacity("each GPU", 2 * need, gpu=True, main=plan.copied)):
+        require_memory(plan, sound)
+    for short in (Capacity("this machine", need + plan.copied - 1),
+                  Capacity("each GPU", 2 * need, gpu=True, main=plan.copied - 1)):
+        with pytest.raises(UserError, match="Add --save-wait, which takes no copy"):
+            require_memory(plan, short)
+
+
 def test_a_stage_that_does_not_fit_is_named() -> None:
     config = config_of("--model 7b --pp 4 --tp 2 --seq-len 4096 --global-batch 64")
     plan = estimate(config, check(config, 8), torch.bfloat16)

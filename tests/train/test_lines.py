@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.checkpoint import alone
+from engine.checkpoint.background import BackgroundSave
 from engine.errors import UserError
-from engine.train.callbacks import Save, StepRecord
+from engine.train.callbacks import StepRecord
 from engine.train.lines import JsonLines
 
 
@@ -75,18 +78,20 @@ def test_lines_are_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch
     path = tmp_path / "metrics.jsonl"
     found = opened(path, 0)
     seen: list[object] = []
-    sound = os.fsync
+    sound, rename = os.fsync, os.rename
 
     def fsync(handle: int) -> None:
         seen.append(path.read_bytes() if os.path.sameopenfile(handle, found.file.fileno()) else None)
         sound(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    save = Save(2, lambda: seen.append("saved"), [found.sync])
+    monkeypatch.setattr(os, "rename", lambda source, target: (seen.append("named"), rename(source, target)))
     for step in (1, 2):
         found.after_step(record(step), False)
-        save.after_step(record(step), False)
-    assert seen == [lines(1, 2), "saved"]
+    saver = BackgroundSave(tmp_path / "checkpoints", rank=0, world=1, agree=alone, device=torch.device("cpu"))
+    saver.save(2, [], meta={}, assets={}, before=found.sync)
+    saver.finish()
+    assert [item for item in seen if item is not None] == [lines(1, 2), "named"]
 
 
 def test_a_file_that_was_replaced_or_deleted_is_gone_on_with(tmp_path: Path) -> None:
