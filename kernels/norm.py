@@ -315,6 +315,26 @@ def _differentiate(ctx: Any, grad: Maybe, grad_total: Maybe, *_: Maybe) -> tuple
 _norm_op.register_autograd(_differentiate, setup_context=_keep)
 
 
+class _NormAndItself(torch.autograd.Function):
+    """A norm of x, and x itself. The gradients of both are added in the norm's backward pass before they are rounded,
+    as they are where a branch was added: bits do not depend on who made the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, eps: float) -> tuple[Tensor, Tensor]:
+        y, _, mean, rstd = _norm_op(x, None, weight, bias, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Maybe, grad_total: Maybe) -> tuple[Maybe, ...]:  # type: ignore[override]
+        if grad is None:
+            return grad_total, None, None, None
+        saved = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = _norm_backward_op(grad, grad_total, *saved)
+        return grad_x, grad_weight, None if saved[2] is None else grad_bias, None
+
+
 def _triton(x: Tensor, branch: Maybe, weight: Tensor, bias: Maybe, eps: float) -> tuple[Tensor, Tensor]:
     """y and total, by the kernels. ValueError where x is too wide, or the branch is not like it."""
     if x.shape[-1] > WIDEST:
@@ -322,6 +342,8 @@ def _triton(x: Tensor, branch: Maybe, weight: Tensor, bias: Maybe, eps: float) -
     if branch is not None and (branch.shape, branch.dtype) != (x.shape, x.dtype):
         kinds = [f"{t.dtype} {list(t.shape)}" for t in (x, branch)]
         raise ValueError(f"what is added must be like x: {kinds[1]} is not {kinds[0]}")
+    if branch is None:
+        return _NormAndItself.apply(x, weight, bias, eps)  # type: ignore[no-any-return]
     y, total, _, _ = _norm_op(x, branch, weight, bias, eps)
     return y, total
 
@@ -370,19 +392,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, by: str =
     return _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return]
 
 
-def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *, by: str = "torch") -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, branch: Maybe, weight: Tensor, eps: float, *, by: str = "torch") -> tuple[Tensor, Tensor]:
     """(rms_norm(total), total), total = x + branch rounded to their dtype: the next residual, and what is normalised.
-    By "triton" it is one pass each way: the gradient of total is added in the norm's backward."""
+    With a branch of None total is x. By "triton" it is one pass each way: the gradient of total is added in the norm's
+    backward."""
     if by == "triton":
         return _triton(x, branch, weight, None, eps)
-    total = x + branch
+    total = x if branch is None else x + branch
     return rms_norm(total, weight, eps, by=by), total
 
 
-def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, *,
+def add_layer_norm(x: Tensor, branch: Maybe, weight: Tensor, bias: Tensor, eps: float, *,
                    by: str = "torch") -> tuple[Tensor, Tensor]:
     """As `add_rms_norm`, with LayerNorm."""
     if by == "triton":
         return _triton(x, branch, weight, bias, eps)
-    total = x + branch
+    total = x if branch is None else x + branch
     return layer_norm(total, weight, bias, eps, by=by), total

@@ -240,6 +240,22 @@ def test_compiled_whole_they_give_the_same_bits(kind: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", ["add_rms", "add_layer"])
+def test_a_sum_made_before_has_the_bits_of_one_made_here(kind: str, dtype: torch.dtype) -> None:
+    """Recomputation keeps the sum alone; in 16 bits, autograd's own addition of its gradients would round once more."""
+    x, branch, *parameters = (t.to(dtype) for t in inputs(kind, 7, 300))
+    total = x + branch
+    found, wanted = [], []
+    for results, tensors in ((wanted, (x, branch, *parameters)), (found, (total, None, *parameters))):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+        outs = ours(kind)(*leaves)
+        grads = [normal(7, 300, seed=seed).to(dtype) for seed in (5, 6)]
+        torch.autograd.backward(outs, grads)
+        results += [*outs, leaves[0].grad, *(leaf.grad for leaf in leaves[2:])]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, weight = torch.ones(2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
     with pytest.raises(ValueError, match="by is 'cuda'; there are 'torch', 'triton' and 'apex'"):
