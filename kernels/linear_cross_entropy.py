@@ -57,21 +57,23 @@ def chunk_tokens(columns: int) -> int:
 @torch.no_grad()
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, scale: float, first: int = 0,
                          vocab: int, group: Reducer | None = None, z_loss: float = 0.0, chunk: int | None = None,
-                         by: str = "torch", grad_x: bool = True, add_weight_grad: AddWeightGrad | None = None,
-                         ) -> tuple[torch.Tensor, torch.Tensor | None]:
+                         by: str = "torch", grad_x: bool | torch.Tensor = True,
+                         add_weight_grad: AddWeightGrad | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Losses of x W^T, and the gradient of scale * sum(losses); without autograd.
 
     x [tokens, hidden]; weight [columns, hidden], the rows [first, first + columns) of the head, those past `vocab`
     padding; labels [tokens] over the whole vocabulary. Returns the losses [tokens], fp32 or fp64, not scaled, 0 where
     the label is IGNORE, the same bits on all ranks of `group`; and, if `grad_x`, the gradient of x [tokens, hidden] in
-    its dtype: these columns' part, which the caller adds up over the ranks. With neither gradient it only evaluates.
+    its dtype: these columns' part, which the caller adds up over the ranks (it may give the memory, as `grad_x`). With
+    neither gradient it only evaluates.
     `chunk`: tokens whose logits exist at a time; None is all of them by torch, `chunk_tokens` by triton (which computes
     in fp32; the matrix products are torch's).
     """
     tokens = x.shape[0]
     losses = x.new_empty(tokens, dtype=wide(x.dtype))
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad_x else None
-    gradients = grad_x or add_weight_grad is not None
+    dx = grad_x if isinstance(grad_x, torch.Tensor) else (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad_x else None)
+    gradients = dx is not None or add_weight_grad is not None
     step = chunk or (chunk_tokens(weight.shape[0]) if by == "triton" else max(1, tokens))
     for start in range(0, tokens, step):
         part = slice(start, start + step)

@@ -38,14 +38,33 @@ class TensorParallel:
         return whole // self.size
 
 
-def all_gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """[batch, seq/tp, hidden] -> [batch, seq, hidden], no gradient."""
+@dataclass(frozen=True)
+class Gathering:
+    """An all-gather along the sequence under way; `mine` is what this rank gives, `parts` where all of it arrives."""
+
+    mine: torch.Tensor
+    parts: torch.Tensor
+    pending: Pending
+
+    def wait(self) -> torch.Tensor:
+        """The whole, [batch, seq, hidden]."""
+        self.pending.wait()
+        batch, part, hidden = self.mine.shape
+        by_sequence = self.parts.view(-1, batch, part, hidden).transpose(0, 1)
+        return by_sequence.reshape(batch, -1, hidden)  # a view when batch is 1
+
+
+def start_all_gather_sequence(x: torch.Tensor, tp: TensorParallel) -> Gathering:
+    """Begins [batch, seq/tp, hidden] -> [batch, seq, hidden], no gradient."""
     assert tp.group is not None
     batch, part, hidden = x.shape
-    parts = x.new_empty(tp.size * batch, part, hidden)
-    tp.group.start_all_gather(parts, x.contiguous()).wait()
-    by_sequence = parts.view(tp.size, batch, part, hidden).transpose(0, 1)
-    return by_sequence.reshape(batch, tp.size * part, hidden)  # a view when batch is 1
+    mine, parts = x.contiguous(), x.new_empty(tp.size * batch, part, hidden)
+    return Gathering(mine, parts, tp.group.start_all_gather(parts, mine))
+
+
+def all_gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """[batch, seq/tp, hidden] -> [batch, seq, hidden], no gradient."""
+    return start_all_gather_sequence(x, tp).wait()
 
 
 def start_reduce_scatter_sequence(x: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, Pending]:

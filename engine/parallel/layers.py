@@ -2,11 +2,14 @@
 
 The linear layers are autograd functions of ours for three reasons: weight gradients are added straight into the fp32
 bucket (`main_grad`) without a tensor in between; the collective of the input's gradient runs while the weight's
-gradient is computed; under sequence parallelism the gathered input is not kept but gathered again.
+gradient is computed; under sequence parallelism the gathered input is not kept but gathered again, while the input's
+gradient is computed. An input that is cheap to make again need not be kept at all (`Remade`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from engine.parallel.collectives import (
     TensorParallel,
     all_gather_sequence,
     leave,
+    start_all_gather_sequence,
     start_reduce_scatter_sequence,
 )
 from engine.parallel.gradients import accumulate, accumulate_product, add_product, done, use
@@ -27,53 +31,77 @@ from engine.parallel.sharding import Member, Shard, make_parameter, split_column
 Tensors = tuple[torch.Tensor | None, ...]
 
 
+@dataclass(frozen=True)
+class Remade:
+    """How a linear layer's input is made again in the backward pass, so that it is not kept: `make(source)`.
+
+    `source` is a tensor that the function before the layer keeps for itself anyhow. `make` gives the bits that it gave
+    in the forward pass, and costs little: a norm, or an activation.
+    """
+
+    make: Callable[[torch.Tensor], torch.Tensor]
+    source: torch.Tensor
+
+
+def _keep_input(ctx: Any, x: torch.Tensor, remade: Remade | None) -> None:
+    """Keeps a layer's input, or what it will be made of."""
+    ctx.make = None if remade is None else remade.make
+    ctx.save_for_backward(x if remade is None else remade.source.detach())
+
+
+def _kept_input(ctx: Any) -> torch.Tensor:
+    """The input again."""
+    (kept,) = ctx.saved_tensors
+    return kept if ctx.make is None else ctx.make(kept)  # type: ignore[no-any-return]
+
+
 class _ColumnLinear(torch.autograd.Function):
     """y = x W^T + b on this rank's rows of W; x is whole on every rank, or a part of the sequence if `tp.sequence`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                tp: TensorParallel) -> torch.Tensor:
-        ctx.save_for_backward(x)
+                tp: TensorParallel, remade: Remade | None = None) -> torch.Tensor:
+        _keep_input(ctx, x, remade)
         ctx.weight, ctx.bias, ctx.tp = use(weight), bias, tp
         full = all_gather_sequence(x, tp) if tp.sequence and tp.group is not None else x
         return F.linear(full, weight, None if bias is None else use(bias))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Tensors, ...] | Tensors:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
         weight, bias, tp = ctx.weight, ctx.bias, ctx.tp
-        pending: Pending | None = None
-        grad_x = None
-        full = all_gather_sequence(x, tp) if tp.sequence and tp.group is not None else x
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            if tp.group is not None and tp.sequence:
-                grad_x, pending = start_reduce_scatter_sequence(grad_x, tp)
-            elif tp.group is not None:
-                pending = tp.group.start_all_reduce_(grad_x)
+        split = tp.sequence and tp.group is not None
+        x = _kept_input(ctx)
+        gathering = start_all_gather_sequence(x, tp) if split else None  # travels while x's gradient is computed
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        full = x if gathering is None else gathering.wait()
+        summing: Pending | None = None  # travels while the weight's gradient is computed
+        if grad_x is not None and split:
+            grad_x, summing = start_reduce_scatter_sequence(grad_x, tp)
+        elif grad_x is not None and tp.group is not None:
+            summing = tp.group.start_all_reduce_(grad_x)
         rows = grad.reshape(-1, grad.shape[-1])
         grad_weight = accumulate_product(weight, rows, full.reshape(-1, full.shape[-1]))
         grad_bias = None if bias is None else accumulate(bias, rows.sum(0))
-        if pending is not None:
-            pending.wait()
-        return grad_x, grad_weight, grad_bias, None
+        if summing is not None:
+            summing.wait()
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class _Linear(torch.autograd.Function):
     """y = x W^T, the weight's gradient added straight into the bucket."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, remade: Remade | None = None) -> torch.Tensor:
+        _keep_input(ctx, x, remade)
         ctx.weight = use(weight)
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
-        (x,), weight = ctx.saved_tensors, ctx.weight
+        x, weight = _kept_input(ctx), ctx.weight
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = accumulate_product(weight, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return grad_x, grad_weight
+        return grad_x, grad_weight, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -112,8 +140,8 @@ class ColumnParallelLinear(nn.Module):
         self.weight = make_parameter((rows, inputs), Shard(members, std=std), dtype, device)
         self.bias = make_parameter((rows,), Shard(biases, fill=0.0), dtype, device) if biases else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp)  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, remade: Remade | None = None) -> torch.Tensor:
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp, remade)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         rows, inputs = self.weight.shape
@@ -134,8 +162,8 @@ class RowParallelLinear(nn.Module):
         self.weight = make_parameter((outputs, inputs // tp.size), Shard((member,), std=std), dtype, device)
         self.bias = replicated(f"{name}.bias", outputs, 0.0, tp, dtype, device) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = leave(_Linear.apply(x, self.weight), self.tp)  # [batch, seq or seq/tp, outputs]
+    def forward(self, x: torch.Tensor, remade: Remade | None = None) -> torch.Tensor:
+        y = leave(_Linear.apply(x, self.weight, remade), self.tp)  # [batch, seq or seq/tp, outputs]
         return y if self.bias is None else y + use(self.bias)
 
     def extra_repr(self) -> str:
@@ -176,7 +204,7 @@ class VocabParallelHead(nn.Module):
         self.by = by
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _ColumnLinear.apply(x, self.weight, None, self.tp)  # type: ignore[no-any-return]
+        return _ColumnLinear.apply(x, self.weight, None, self.tp, None)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def loss(self, x: torch.Tensor, labels: torch.Tensor,
@@ -188,52 +216,56 @@ class VocabParallelHead(nn.Module):
         gathered = tp.sequence and tp.group is not None
         full = all_gather_sequence(x, tp) if gathered else x
         training = scale is not None
-        reduction = _InputGradient(tp, full.shape)
+        rows = full.reshape(-1, full.shape[-1])
+        grad_x = torch.empty_like(rows) if training else None
+        reduction = _InputGradient(tp, full.shape, grad_x)
 
-        def add_weight_grad(logits_grad: torch.Tensor, rows: torch.Tensor, grad: torch.Tensor | None) -> None:
+        def add_weight_grad(logits_grad: torch.Tensor, chunk: torch.Tensor, grad: torch.Tensor | None) -> None:
             assert grad is not None
             reduction.start(grad)  # the other ranks' sums travel while the weight's gradient is computed
-            add_product(self.weight, logits_grad, rows)
+            add_product(self.weight, logits_grad, chunk)
 
         losses, grad = linear_cross_entropy(
-            full.reshape(-1, full.shape[-1]), use(self.weight), labels.reshape(-1), scale=scale or 0.0,
-            first=tp.rank * self.weight.shape[0], vocab=self.vocab, group=tp.group, by=self.by, grad_x=training,
+            rows, use(self.weight), labels.reshape(-1), scale=scale or 0.0,
+            first=tp.rank * self.weight.shape[0], vocab=self.vocab, group=tp.group, by=self.by,
+            grad_x=False if grad_x is None else grad_x,
             add_weight_grad=add_weight_grad if training else None)
         if grad is None:
             return losses, None
         done(self.weight)
-        return losses, reduction.finish(grad)
+        return losses, reduction.finish()
 
 
 class _InputGradient:
-    """The sum over tp of the gradient of a column-parallel input that is computed in chunks of tokens."""
+    """The sum over tp of the gradient of a column-parallel input that is computed in chunks of tokens, in order.
+    `grad` [tokens, hidden] is where they come to stand, `shape` is the input's."""
 
-    def __init__(self, tp: TensorParallel, shape: torch.Size) -> None:
+    def __init__(self, tp: TensorParallel, shape: torch.Size, grad: torch.Tensor | None) -> None:
         self.tp = tp
         self.shape = shape
+        self.grad = grad
+        self.missing = shape.numel()
         self.pending: list[Pending] = []
-        self.mine: torch.Tensor | None = None
+        self.result: torch.Tensor | None = None if grad is None else grad.view(shape)
 
     def start(self, rows: torch.Tensor) -> None:
-        """Begins the sum of the rows just computed: an all-reduce of any chunk; a reduce-scatter of the whole alone."""
+        """Begins the sum of the rows just computed: an all-reduce of each chunk, or a reduce-scatter once the last is
+        there, since a rank's part of the sequence may be in any of them."""
+        self.missing -= rows.numel()
         if self.tp.group is None:
             return
         if not self.tp.sequence:
             self.pending.append(self.tp.group.start_all_reduce_(rows))
-        elif rows.numel() == self.shape.numel():
-            self._scatter(rows)
+        elif not self.missing:
+            assert self.grad is not None
+            self.result, pending = start_reduce_scatter_sequence(self.grad.view(self.shape), self.tp)
+            self.pending.append(pending)
 
-    def finish(self, grad: torch.Tensor) -> torch.Tensor:
+    def finish(self) -> torch.Tensor | None:
         """The sum, or this rank's part of the sequence of it."""
-        if self.tp.group is not None and self.tp.sequence and self.mine is None:
-            self._scatter(grad)
         for pending in self.pending:
             pending.wait()
-        return grad.view(self.shape) if self.mine is None else self.mine
-
-    def _scatter(self, rows: torch.Tensor) -> None:
-        self.mine, pending = start_reduce_scatter_sequence(rows.view(self.shape), self.tp)
-        self.pending.append(pending)
+        return self.result
 
 
 def vocab_parameter(name: str, vocab: int, padded: int, hidden: int, *, std: float, tp: TensorParallel, tied: bool,
