@@ -32,6 +32,7 @@ from engine.train.entry import only_told, prepared, print_help, run_entry
 from engine.train.gather import gathered
 from engine.train.place import Place
 from engine.train.request import EntryPoint, Request, read_request, take_switches
+from engine.train.settle import settled
 
 SHAPE: Mapping[str, Any] = MappingProxyType({
     "layers": 8, "hidden": 32, "ffn_hidden": 64, "heads": 8, "kv_heads": 2, "vocab_size": 101})
@@ -90,12 +91,13 @@ def _verify(argv: Sequence[str], place: Place) -> int:
     if only_told(job, place, request, None):
         return 0
     with gathered(job, place) as mesh:
-        found = trace(job.config, mesh, job.device, job.dtype, job.kernels)
+        config = settled(job, mesh).plan.config
+        found = trace(config, mesh, job.device, job.dtype, job.kernels)
         verdict = torch.zeros((), device=job.device)
         if place.rank == 0:
             single = Mesh(Layout(), 0, dict.fromkeys(AXES, 0), heart=mesh.heart)
-            wanted = trace(alone(job.config), single, job.device, job.dtype, job.kernels)
-            verdict += 0 if report(found, wanted, job.config, str(job.layout)) else 1
+            wanted = trace(alone(config), single, job.device, job.dtype, job.kernels)
+            verdict += 0 if report(found, wanted, config, str(job.layout)) else 1
         if place.world > 1:
             with mesh.heart.waits():  # the others wait here while rank 0 trains alone
                 dist.broadcast(verdict, 0)

@@ -65,7 +65,7 @@ sys.path[0] = ROOT                      # was examples/; `import engine` works w
 # The loss is taken on the answers only and averaged over the supervised tokens of the whole batch.
 ARGS = shlex.split("""
     --seq-len 2048 --dtype bf16
-    --global-batch 128 --micro-batch 1 --recompute
+    --global-batch 128 --micro-batch 1 --recompute auto
     --lr 2e-5 --warmup 30 --steps 1000          # cosine after the warm-up
     --eval-every 100 --save-every 250
 """, comments=True)

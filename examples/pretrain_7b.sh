@@ -65,7 +65,7 @@ sys.path[0] = ROOT                      # was examples/; `import engine` works w
 # 1.05 T tokens. `--dry-run` prints what a layout (--tp, --pp; the rest is dp) needs of each GPU.
 ARGS = shlex.split("""
     --model 7b --seq-len 4096 --dtype bf16
-    --global-batch 1024 --micro-batch 1 --recompute
+    --global-batch 1024 --micro-batch 1 --recompute auto
     --lr 3e-4 --warmup 2000 --steps 250000      # cosine after the warm-up
     --eval-every 1000 --save-every 1000
 """, comments=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from engine.config.recompute import AUTO, read_recompute
 from engine.config.schema import ModelConfig, RunConfig
 from engine.errors import UserError, nearest, shown
 
@@ -100,6 +101,8 @@ def check_choices(config: RunConfig) -> None:
     """Raises UserError for a word that is none of a flag's."""
     if config.runtime.dtype == "fp16":
         raise UserError("--dtype fp16 needs loss scaling, which Triax does not have; use --dtype bf16 or fp32")
+    if config.runtime.recompute != AUTO:
+        read_recompute(config.runtime.recompute)
     for group, name, options in CHOICES:
         value = getattr(getattr(config, group), name)
         if value not in options:

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -24,6 +25,11 @@ Values = dict[str, Any]
 JOINED = ("data", "valid_data")
 """Flags that may be repeated (in YAML: a list), for they name several files: their values are joined by commas."""
 
+ONCE_BOOL = MappingProxyType({"recompute": {True: "full", False: "none"}})
+"""Fields that once were true or false: what the two mean now, in old files, and as `--recompute`, `--no-recompute`."""
+BOOLS = MappingProxyType({"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False,
+                          "on": True, "off": False})
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -33,6 +39,11 @@ class Leaf:
     name: str
     type: type
     optional: bool
+
+    @property
+    def switch(self) -> bool:
+        """Whether the flag may stand alone, or with `no-` before it."""
+        return self.type is bool or self.name in ONCE_BOOL
 
 
 @dataclass(frozen=True)
@@ -77,12 +88,13 @@ def _convert(leaf: Leaf, value: Any) -> Any:
         if leaf.optional:
             return None
         raise UserError(f"{flag} needs a value")
+    said = BOOLS.get(str(value).lower())
     if leaf.type is bool:
-        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False,
-                 "on": True, "off": False}
-        if str(value).lower() not in words:
+        if said is None:
             raise UserError(f"{flag} {shown(value, 80)!r} is not true or false")
-        return words[str(value).lower()]
+        return said
+    if leaf.name in ONCE_BOOL and said is not None:
+        return ONCE_BOOL[leaf.name][said]
     if leaf.name in JOINED and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ",".join(value)
     if isinstance(value, (bool, list, dict)):
@@ -142,11 +154,10 @@ def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values
             continue
         negated = key.startswith("no-") and key[3:].replace("-", "_") in leaves
         leaf = _leaf(key[3:] if negated else key, leaves)
-        if negated and (equals or leaf.type is not bool):  # --no-recompute=1 says both, and would be taken for one
-            raise UserError(f"--{key} takes no value" if leaf.type is bool else unknown_option(key, key, leaves, RUN))
-        if leaf.type is bool and not equals:
-            bare = negated or not words or words[0].lower() not in ("true", "false")
-            found[leaf.name] = not negated if bare else words.pop(0).lower() == "true"
+        if negated and (equals or not leaf.switch):  # --no-recompute=1 says both, and would be taken for one
+            raise UserError(f"--{key} takes no value" if leaf.switch else unknown_option(key, key, leaves, RUN))
+        if leaf.switch and not equals and (negated or _alone(leaf, words)):
+            found[leaf.name] = _convert(leaf, not negated)
         else:
             converted = _convert(leaf, value if equals else _next_value(key, words))
             if converted == "":  # most often an unset variable of a shell: `--load "$MODEL"` would train from nothing
@@ -154,6 +165,13 @@ def _from_flags(argv: Sequence[str], leaves: Mapping[str, Leaf]) -> tuple[Values
             earlier = found.get(leaf.name) if leaf.name in JOINED else None
             found[leaf.name] = f"{earlier},{converted}" if earlier else converted
     return found, configs
+
+
+def _alone(leaf: Leaf, words: Sequence[str]) -> bool:
+    """Whether a flag that may stand alone does so, by the words after it."""
+    if leaf.type is bool:
+        return not words or words[0].lower() not in ("true", "false")
+    return not words or words[0].startswith("--")
 
 
 def _next_value(key: str, words: list[str]) -> str:

@@ -32,7 +32,10 @@ _DP = ("", "dp is what --tp and --pp leave of the processes")
 _FORMAT = ("", "checkpoints are safetensors with everything in them, and any layout reads them")
 _WEIGHTS = ("--load", "weights alone, with a fresh optimizer; --resume continues with everything")
 _WARMUP = ("--warmup", "in steps: the share x --steps")
-_RECOMPUTE = ("--recompute", "of every block")
+_RECOMPUTE = ("--recompute", "none, selective, full, full:N or auto")
+_RECOMPUTE_SELECTIVE = ("--recompute selective", "the outputs of norms and of the MLP's activation; attention's scores "
+                        "are never kept")
+_RECOMPUTE_BLOCKS = ("--recompute full:N", "the first N blocks of a stage")
 _ACCUMULATION = ("", "it follows from --global-batch, which is --micro-batch x dp x accumulation")
 _EVERY = ("--save-every", "in steps; 0 saves at the end only")
 _EVAL_EVERY = ("--eval-every", "in steps; 0 evaluates at the end only")
@@ -100,8 +103,9 @@ MEGATRON: Table = MappingProxyType({
     "wandb-exp-name": _TRACKER, "bf16": ("--dtype bf16", ""), "fp16": _SCALING, "loss-scale": _SCALING,
     "initial-loss-scale": _SCALING, "fp8-format": _FP8, "fp8": _FP8,
     "accumulate-allreduce-grads-in-fp32": ("", "gradients are always accumulated in fp32"),
-    "recompute-activations": _RECOMPUTE, "recompute-granularity": _RECOMPUTE, "recompute-method": _RECOMPUTE,
-    "recompute-num-layers": _RECOMPUTE, "checkpoint-activations": _RECOMPUTE,
+    "recompute-activations": _RECOMPUTE_SELECTIVE, "recompute-granularity": _RECOMPUTE,
+    "recompute-method": _RECOMPUTE_BLOCKS, "recompute-num-layers": _RECOMPUTE_BLOCKS,
+    "recompute-modules": _RECOMPUTE_SELECTIVE, "checkpoint-activations": ("--recompute full", ""),
     "use-flash-attn": _ATTENTION, "attention-backend": _ATTENTION, "transformer-impl": _KERNELS,
     "masked-softmax-fusion": _KERNELS, "bias-gelu-fusion": _KERNELS, "bias-swiglu-fusion": _KERNELS,
     "rope-fusion": _KERNELS, "gradient-accumulation-fusion": _KERNELS,
@@ -130,7 +134,8 @@ TRANSFORMERS: Table = MappingProxyType({
     "eval-strategy": _EVAL_EVERY, "evaluation-strategy": _EVAL_EVERY, "save-total-limit": ("--keep", ""),
     "save-only-model": _FORMAT,
     "resume-from-checkpoint": ("--resume", "which continues --out from its latest step, or --resume-from N"),
-    "gradient-checkpointing": _RECOMPUTE, "torch-dtype": ("--dtype", ""), "tf32": ("--dtype", "fp32, bf16 or fp64"),
+    "gradient-checkpointing": ("--recompute full", ""), "torch-dtype": ("--dtype", ""),
+    "tf32": ("--dtype", "fp32, bf16 or fp64"),
     "attn-implementation": _ATTENTION, "use-liger-kernel": _KERNELS, "fsdp": _ZERO, "deepspeed": _ZERO,
     "ddp-timeout": ("--timeout", ""), "data-seed": ("--seed", "of weights and data order"),
     "dataset-name": ("--data", "a file on this machine"), "train-file": ("--data", ""),

@@ -179,8 +179,9 @@ class RuntimeConfig:
     """triton (ours), torch, or apex (norms by NVIDIA Apex, the rest as auto); auto is triton on CUDA, torch on CPU."""
     attention: str = "auto"
     """triton (ours), sdpa (torch's fused attention) or reference (plain softmax); auto follows --kernels."""
-    recompute: bool = False
-    """Recompute each block's activations in the backward pass."""
+    recompute: str = "none"
+    """Made again in the backward pass: none; selective (norms, activation); full (blocks); full:N (the first N blocks
+    of a stage, the rest selective); auto (the least that fits). Alone it means full."""
     timeout: float = 300.0
     """Seconds a rank may stand still in a step, or wait for one that does not answer, before the run ends."""
     save_timeout: float = 3600.0

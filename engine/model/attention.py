@@ -9,7 +9,7 @@ from engine.kernels.attention import attention
 from engine.kernels.rope import rope_split
 from engine.model.cache import LayerCache
 from engine.model.parts import Parts, RMSNorm
-from engine.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from engine.parallel.layers import ColumnParallelLinear, Remade, RowParallelLinear
 from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.sharding import Member, split_rows
 
@@ -36,8 +36,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(f"{name}.q_norm", config.head_dim, parts, partial=True) if config.qk_norm else None
         self.k_norm = RMSNorm(f"{name}.k_norm", config.head_dim, parts, partial=True) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, micro: MicroBatch, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
-        qkv = self.qkv(x)
+    def forward(self, x: torch.Tensor, micro: MicroBatch, rope: Rope, cache: LayerCache | None = None,
+                remade: Remade | None = None) -> torch.Tensor:
+        qkv = self.qkv(x, remade)
         batch, seq, _ = qkv.shape
         qkv = qkv.view(batch, seq, -1, self.head_dim)  # [batch, seq, (heads + 2 kv_heads) / tp, head_dim]
         if self.q_norm is not None and self.k_norm is not None:

@@ -15,9 +15,9 @@ from engine.kernels.rope import rope_table
 from engine.model.attention import Attention, Rope
 from engine.model.cache import LayerCache
 from engine.model.mlp import MLP
-from engine.model.parts import Norm, Parts, add_and_norm, make_norm
+from engine.model.parts import Norm, Parts, make_norm
 from engine.parallel.gradients import use
-from engine.parallel.layers import VocabParallelEmbedding, VocabParallelHead, vocab_parameter
+from engine.parallel.layers import Remade, VocabParallelEmbedding, VocabParallelHead, vocab_parameter
 from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.sharding import Shard, make_parameter, whole
 
@@ -32,10 +32,12 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Takes and gives the residual stream as (x, branch), worth their
     sum [batch, seq or seq/tp, hidden]."""
 
-    def __init__(self, layer: int, parts: Parts) -> None:
+    def __init__(self, layer: int, parts: Parts, index: int = 0) -> None:
+        """`index` is its place in its stage: by that `parts.recompute` says what its backward pass makes again."""
         super().__init__()
         name = f"model.layers.{layer}"
-        self.recompute = parts.recompute
+        self.again = parts.recompute.whole(index)
+        self.selective = parts.recompute.selective and not self.again
         self.attention_norm = make_norm(f"{name}.input_layernorm", parts)
         self.attention = Attention(f"{name}.self_attn", parts)
         self.mlp_norm = make_norm(f"{name}.post_attention_layernorm", parts)
@@ -43,7 +45,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor | None, micro: MicroBatch, rope: Rope,
                 cache: LayerCache | None = None) -> Residual:
-        if self.recompute and torch.is_grad_enabled():
+        if self.again and torch.is_grad_enabled():
             # The sum is made here, so that one tensor a block is kept and not two.
             return cast(Residual, checkpoint(self.run, sum_of(x, branch), None, micro, rope,
                                              use_reentrant=False, preserve_rng_state=False))
@@ -51,10 +53,15 @@ class Block(nn.Module):
 
     def run(self, x: torch.Tensor, branch: torch.Tensor | None, micro: MicroBatch, rope: Rope,
             cache: LayerCache | None = None) -> Residual:
-        """The block itself; with --recompute, what the backward pass runs again."""
-        y, x = add_and_norm(self.attention_norm, x, branch)
-        y, x = add_and_norm(self.mlp_norm, x, self.attention(y, micro, rope, cache))
-        return x, self.mlp(y)
+        """The block itself; with --recompute full, what the backward pass runs again."""
+        y, x = self.attention_norm.add(x, branch)
+        branch = self.attention(y, micro, rope, cache, self._remade(self.attention_norm, x))
+        y, x = self.mlp_norm.add(x, branch)
+        return x, self.mlp(y, self._remade(self.mlp_norm, x))
+
+    def _remade(self, norm: Norm, x: torch.Tensor) -> Remade | None:
+        """How norm(x) is made again, if it is: the norm keeps x for its own backward pass."""
+        return Remade(norm, x) if self.selective else None
 
 
 def sum_of(x: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
@@ -104,7 +111,7 @@ class Decoder(nn.Module):
         head_name = EMBEDDING if config.tied else "lm_head.weight"
         weight = self._vocab(EMBEDDING, primary=True) if first else None
         self.embedding = Embedding(weight, parts) if weight is not None else None
-        self.blocks = nn.ModuleList(Block(layer, parts) for layer in layers)
+        self.blocks = nn.ModuleList(Block(layer, parts, i) for i, layer in enumerate(layers))
         self.norm: Norm | None = make_norm("model.norm", parts) if last else None
         self.head: VocabParallelHead | None = None
         if last:
@@ -128,7 +135,7 @@ class Decoder(nn.Module):
         branch: torch.Tensor | None = None
         for i, block in enumerate(self.blocks):
             x, branch = block(x, branch, micro, rope, caches[i] if caches is not None else None)
-        return sum_of(x, branch) if self.norm is None else add_and_norm(self.norm, x, branch)[0]
+        return sum_of(x, branch) if self.norm is None else self.norm.add(x, branch)[0]
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [batch, seq, vocab/tp] of the last stage's activations [batch, seq or seq/tp, hidden]."""

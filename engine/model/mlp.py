@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from engine.kernels.activation import bias_gelu, swiglu
 from engine.model.parts import Parts
-from engine.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from engine.parallel.layers import ColumnParallelLinear, Remade, RowParallelLinear
 from engine.parallel.sharding import Member, split_rows
 
 
@@ -17,8 +19,8 @@ class MLP(nn.Module):
     def __init__(self, name: str, parts: Parts) -> None:
         super().__init__()
         config = parts.config
-        self.gelu = config.family == "gpt2"
-        self.by = parts.kernels.activation
+        self.activation = partial(bias_gelu, bias=None, by=parts.kernels.activation) if config.family == "gpt2" else (
+            partial(swiglu, by=parts.kernels.activation))
         projections = ("up_proj",) if config.family == "gpt2" else ("gate_proj", "up_proj")
         self.up = ColumnParallelLinear(
             _stack(name, projections, "weight", parts, (config.hidden,)),
@@ -28,12 +30,11 @@ class MLP(nn.Module):
             f"{name}.down_proj", config.ffn_hidden, config.hidden, bias=config.mlp_bias, std=parts.residual_std,
             tp=parts.tp, dtype=parts.dtype, device=parts.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gelu:
-            y = bias_gelu(self.up(x), None, by=self.by)
-        else:
-            y = swiglu(self.up(x), by=self.by)
-        return self.down(y)  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, remade: Remade | None = None) -> torch.Tensor:
+        """`remade`: how the backward pass makes x again; then it makes the activation again too."""
+        wide = self.up(x, remade)  # [batch, seq, ffn/tp, or twice that: gate and up]
+        again = None if remade is None else Remade(self.activation, wide)
+        return self.down(self.activation(wide), again)  # type: ignore[no-any-return]
 
 
 def _stack(name: str, projections: tuple[str, ...], kind: str, parts: Parts,

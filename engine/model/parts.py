@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.config import ModelConfig
 from engine.config.check import VOCAB_MULTIPLE
+from engine.config.recompute import NONE, Recompute
 from engine.kernels.dispatch import Kernels
 from engine.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.parallel.collectives import TensorParallel
@@ -26,7 +27,7 @@ class Parts:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     kernels: Kernels = field(default_factory=Kernels)
-    recompute: bool = False
+    recompute: Recompute = NONE
 
     @property
     def residual_std(self) -> float:
@@ -57,8 +58,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, use(self.weight), self.eps, by=self.by)  # type: ignore[no-any-return]
 
-    def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """norm(x + branch), and x + branch."""
+    def add(self, x: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """norm(x + branch), and x + branch; None stands for nothing to add."""
         return add_rms_norm(x, branch, use(self.weight), self.eps, by=self.by)  # type: ignore[no-any-return]
 
 
@@ -75,8 +76,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, use(self.weight), use(self.bias), self.eps, by=self.by)  # type: ignore[no-any-return]
 
-    def add(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """norm(x + branch), and x + branch."""
+    def add(self, x: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """norm(x + branch), and x + branch; None stands for nothing to add."""
         return add_layer_norm(x, branch, use(self.weight), use(self.bias), self.eps, by=self.by)  # type: ignore[no-any-return]
 
 
@@ -87,8 +88,3 @@ def make_norm(name: str, parts: Parts) -> Norm:
     """The family's norm over the residual stream."""
     kind = LayerNorm if parts.config.family == "gpt2" else RMSNorm
     return kind(name, parts.config.hidden, parts)
-
-
-def add_and_norm(norm: Norm, x: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + branch), x + branch), the branch being absent at the model's first block."""
-    return (norm(x), x) if branch is None else norm.add(x, branch)

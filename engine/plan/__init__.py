@@ -4,6 +4,7 @@ from engine.plan.capacity import Capacity, capacity_of
 from engine.plan.estimate import Memory, Plan, StagePlan, estimate
 from engine.plan.fit import require_memory
 from engine.plan.flops import balanced_stages, flops_of, flops_per_token, parameters, peak_flops
+from engine.plan.recompute import least_recompute, with_recompute
 
 __all__ = [
     "Capacity",
@@ -15,7 +16,9 @@ __all__ = [
     "estimate",
     "flops_of",
     "flops_per_token",
+    "least_recompute",
     "parameters",
     "peak_flops",
     "require_memory",
+    "with_recompute",
 ]

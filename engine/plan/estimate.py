@@ -9,6 +9,7 @@ import torch
 
 from engine.config import Layout, RunConfig
 from engine.config.presets import title
+from engine.config.recompute import NONE, read_recompute
 from engine.kernels.dispatch import Kernels
 from engine.model import Decoder, Parts
 from engine.parallel.buckets import GradientBuckets, Replicas
@@ -94,12 +95,14 @@ class Plan:
         batch, model = self.config.batch, self.config.model
         accumulation = f"{self.micro_batches} micro-batches of {batch.micro_batch} x {batch.seq_len} on each dp rank"
         processes = f"{self.layout.world} process{'es' * (self.layout.world > 1)}"
+        recompute = read_recompute(self.config.runtime.recompute)
+        again = [("recompute", f"{recompute}, in the backward pass")] * (recompute != NONE)
         facts = [
             ("layout", f"{self.layout} · {processes} · {self.config.parallel.schedule}"),
             ("model", f"{title(model)}: {count_text(self.parameters)} parameters, {str(self.dtype).split('.')[-1]}"),
             ("FLOPs a token", f"{flops_text(self.flops_per_token)} (forward and backward, causal attention)"),
             ("tokens a step", f"{self.tokens_per_step:,} in {accumulation}"),
-            ("bubble", f"{self.bubble:.1%} of a step"),
+            ("bubble", f"{self.bubble:.1%} of a step"), *again,
         ]
         if self.copied:
             facts.append(("saving", f"checkpoints are written from a copy of {bytes_text(self.copied)} a rank in main "
@@ -129,7 +132,7 @@ def estimate(config: RunConfig, layout: Layout, dtype: torch.dtype, tracer: Trac
     micros = batch.global_batch // (batch.micro_batch * layout.dp)
     schedule = build_schedule(par.schedule, layout.pp, par.virtual_stages, micros)
     shape = Shape(model=config.model, dtype=dtype, tp=layout.tp, sequence_parallel=par.sequence_parallel,
-                  recompute=config.runtime.recompute, kernels=kernels or _torch_kernels(config),
+                  recompute=read_recompute(config.runtime.recompute), kernels=kernels or _torch_kernels(config),
                   micro_batch=batch.micro_batch, seq_len=batch.seq_len)
     spans = balanced_stages(config, layout.pp * par.virtual_stages)
     planner = _Planner(shape, layout, spans, tracer or Tracer())
@@ -149,7 +152,8 @@ def _bubble(shape: Shape, schedule: Schedule, spans: Sequence[range]) -> float:
     layer = 2.0 * layer_matrices(model) + layer_attention(model, shape.seq_len)
     times = [len(layers) * layer for layers in spans]
     times[-1] += 2.0 * model.vocab_size * model.hidden
-    return simulate(schedule, times, [(3.0 if shape.recompute else 2.0) * time for time in times]).bubble
+    again = [min(shape.recompute.blocks, len(layers)) * layer for layers in spans]  # of whole blocks alone
+    return simulate(schedule, times, [2.0 * time + more for time, more in zip(times, again, strict=True)]).bubble
 
 
 @dataclass

@@ -9,10 +9,12 @@ import torch
 
 from engine.config import Layout, RunConfig, check
 from engine.config.presets import title
+from engine.config.recompute import FULL, SELECTIVE, read_recompute
 from engine.errors import UserError
 from engine.kernels.norm import wide
 from engine.plan.capacity import Capacity, gpu_that_holds
 from engine.plan.estimate import Plan, estimate
+from engine.plan.recompute import with_recompute
 from engine.plan.trace import Tracer
 from engine.plan.units import bytes_text
 
@@ -103,10 +105,11 @@ def _layouts() -> Iterator[tuple[int, int, int]]:
 
 
 def _recomputing(config: RunConfig) -> Iterator[RunConfig]:
-    """The config as it is, then with --recompute."""
+    """The config as it is, then with more recomputation."""
     yield config
-    if not config.runtime.recompute:
-        yield replace(config, runtime=replace(config.runtime, recompute=True))
+    for more in (SELECTIVE, FULL):
+        if read_recompute(config.runtime.recompute).rung < more.rung:
+            yield with_recompute(config, more)
 
 
 def _try(config: RunConfig, world: int, tp: int, pp: int, dtype: torch.dtype, tracer: Tracer) -> Plan | None:
@@ -125,8 +128,8 @@ def _try(config: RunConfig, world: int, tp: int, pp: int, dtype: torch.dtype, tr
 def _flags(asked: RunConfig, config: RunConfig, layout: Layout, need: int) -> str:
     """The flags that lead from nothing to a layout, and what it then needs."""
     flags = [f"--{axis} {getattr(layout, axis)}" for axis in ("tp", "pp") if getattr(layout, axis) > 1]
-    if config.runtime.recompute and not asked.runtime.recompute:
-        flags.append("--recompute")
+    if config.runtime.recompute != asked.runtime.recompute:
+        flags.append(f"--recompute {config.runtime.recompute}")
     if flags and layout.dp > 1:
         flags.append(f"and dp {layout.dp}")
     each = f"{bytes_text(need)}{' each' if layout.world > 1 else ''}"

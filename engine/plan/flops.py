@@ -8,8 +8,9 @@ from math import prod
 import torch
 
 from engine.config import ModelConfig, RunConfig
-from engine.model import Decoder, Parts, stage_layers
-from engine.parallel.sharding import shard_of
+from engine.config.recompute import read_recompute
+from engine.model import stage_layers
+from engine.model.shapes import logical_shapes
 
 PEAKS = (
     # device name, dense bf16 with fp32 accumulation, fp32 without tf32; TFLOP/s of the vendors' data sheets
@@ -62,16 +63,16 @@ def layer_attention(model: ModelConfig, seq_len: int) -> float:
 def balanced_stages(config: RunConfig, stages: int) -> list[range]:
     """The layers of each of a pipeline's stages, the head's FLOPs weighed against those of layers."""
     model, seq = config.model, config.batch.seq_len
-    passes = 4.0 if config.runtime.recompute else 3.0  # a forward, a backward of twice the work, and a second forward
+    # A forward, a backward of twice the work, and a second forward where blocks are run again. Where some of each
+    # stage are, stages have as many of them, so that they do not count.
+    passes = 4.0 if read_recompute(config.runtime.recompute).blocks * stages >= model.layers else 3.0
     layer = passes * (2.0 * layer_matrices(model) + layer_attention(model, seq))
     return stage_layers(model.layers, stages, 6.0 * model.vocab_size * model.hidden / layer)
 
 
 def parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, padding left out and a tied embedding counted once."""
-    decoder = Decoder(Parts(model, device=torch.device("meta")), range(model.layers))
-    shapes = {member.name: member.shape for p in decoder.parameters() for member in shard_of(p).members}
-    return sum(prod(shape) for shape in shapes.values())
+    return sum(prod(shape) for shape in logical_shapes(model).values())
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:

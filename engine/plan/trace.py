@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config import ModelConfig
+from engine.config.recompute import NONE, SELECTIVE, Recompute
 from engine.kernels.dispatch import Kernels
 from engine.model import Decoder, Parts
 from engine.parallel.buckets import GradientBuckets
@@ -42,7 +43,7 @@ class Shape:
     dtype: torch.dtype
     tp: int
     sequence_parallel: bool
-    recompute: bool
+    recompute: Recompute
     kernels: Kernels
     micro_batch: int
     seq_len: int
@@ -79,19 +80,25 @@ class Tracer:
 
     def _chunk(self, shape: Shape, layers: int, first: bool, last: bool) -> Activations:
         """The same without sequence parallelism."""
+        whole = min(shape.recompute.blocks, layers)
         one, two = (self._trace(shape, n, first, last) for n in (1, 2))
-        layer = two.kept - one.kept
-        if not shape.recompute:
-            return Activations(one.kept + (layers - 1) * layer, max(one.working, two.working))
-        # Each layer keeps its input alone; the rest of one layer comes back when its backward pass begins, and by then
-        # the head's part has gone, but for what it was given and the gradient of that.
+        layer, rest = two.kept - one.kept, layers - whole
+        working = max(one.working, two.working if rest > 1 else 0)
+        if not whole:
+            return Activations(one.kept + (layers - 1) * layer, working)
+        # A block that is run again keeps its input alone. The rest of it comes back when its backward pass begins. By
+        # then the blocks after it have gone, and of the head's part all but what it was given and the gradient of that.
         entry = shape.micro_batch * shape.seq_len * shape.model.hidden * shape.dtype.itemsize
-        head = one.kept - self._trace(shape, 1, first, False).kept
-        again = layer - entry - head + 2 * last * entry + self._trace(shape, 1, False, False).working
-        return Activations(one.kept - layer + layers * entry, max(one.working, again))
+        plain = replace(shape, recompute=NONE)
+        single = self._trace(plain, 1, first, last).kept
+        block = self._trace(plain, 2, first, last).kept - single
+        head = single - self._trace(plain, 1, first, False).kept
+        again = block - entry - head - rest * layer + 2 * last * entry + self._trace(plain, 1, False, False).working
+        return Activations(one.kept - layer + rest * layer + whole * entry, max(working, again))
 
     def _trace(self, shape: Shape, layers: int, first: bool, last: bool) -> Activations:
-        key = (replace(shape, sequence_parallel=False, recompute=False), layers, first, last)
+        kind = SELECTIVE if shape.recompute.selective else NONE
+        key = (replace(shape, sequence_parallel=False, recompute=kind), layers, first, last)
         if key not in self.seen:
             self.seen[key] = trace(key[0], layers, first, last)
         return self.seen[key]
@@ -100,9 +107,9 @@ class Tracer:
 def trace(shape: Shape, layers: int, first: bool, last: bool) -> Activations:
     """Forward and backward of one micro-batch through `layers` layers on the meta device.
 
-    Neither sequence parallelism nor recomputation: `Tracer` derives both from this.
+    Neither sequence parallelism nor whole blocks that are run again: `Tracer` derives both from this.
     """
-    parts = Parts(shape.model, TensorParallel(None, 0, shape.tp), shape.dtype, META, shape.kernels)
+    parts = Parts(shape.model, TensorParallel(None, 0, shape.tp), shape.dtype, META, shape.kernels, shape.recompute)
     model = Decoder(parts, range(layers), first=first, last=last)
     buckets = GradientBuckets(model, wide_products=shape.kernels.wide_products).buckets
     size = (shape.micro_batch, shape.seq_len)

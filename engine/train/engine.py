@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from engine.comm.heart import Phase
 from engine.config import RunConfig
+from engine.config.recompute import read_recompute
 from engine.data.batches import Batch
 from engine.errors import UserError
 from engine.kernels.cross_entropy import IGNORE
@@ -89,7 +90,8 @@ class Engine:
         self.device = device
         tp = TensorParallel(mesh.group("tp"), mesh.tp, mesh.size("tp"),
                             config.parallel.sequence_parallel and mesh.size("tp") > 1)
-        self.parts = Parts(config.model, tp, dtype, device, kernels or Kernels(), config.runtime.recompute)
+        self.parts = Parts(config.model, tp, dtype, device, kernels or Kernels(),
+                           read_recompute(config.runtime.recompute))
         virtual = config.parallel.virtual_stages
         self.stages = balanced_stages(config, mesh.size("pp") * virtual)
         self.chunks: list[Chunk] = make_chunks(mesh, virtual, self._build)

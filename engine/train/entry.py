@@ -84,7 +84,8 @@ def in_steps(job: Job, make_feed: MakeFeed) -> Job:
     config = replace(job.config, batch=replace(job.config.batch, steps=steps, epochs=0.0))
     check(config, job.layout.world)
     note = f"--epochs {epochs:g}: {size:,} samples an epoch, {global_batch} a step, so {steps:,} steps"
-    return replace(job, config=config, plan=replace(job.plan, config=config), notes=[*job.notes, note])
+    return replace(job, config=config, plan=replace(job.plan, config=replace(job.plan.config, batch=config.batch)),
+                   notes=[*job.notes, note])
 
 
 def alone(job: Job, make_feed: MakeFeed) -> Feed:
@@ -152,7 +153,7 @@ def fits(job: Job, place: Place, request: Request) -> str:
     if job.device.type == "cuda" and not torch.cuda.is_available():
         return (f"this machine has no GPU that PyTorch sees; each one would need {bytes_text(need)}, so a GPU of "
                 f"{bytes_text(gpu_that_holds(need, job.layout))} (kept free: {margin_text(job.layout)})")
-    capacity = memory_here(job, place, request.switches)
+    capacity = memory_here(job.device, place, request.switches)
     try:
         require_memory(job.plan, capacity)
     except UserError as error:

@@ -14,11 +14,12 @@ from engine.config import Layout, ModelConfig, RunConfig, check
 from engine.config.flags import Values, build
 from engine.config.idle import refuse_idle
 from engine.config.presets import preset_fault
+from engine.config.recompute import AUTO
 from engine.data.fingerprint import Fingerprint, copy_notes
 from engine.errors import UserError, shown
 from engine.hf import Origin, TokenIds, config_to_hf, read_origin, token_ids
 from engine.kernels.dispatch import Kernels, KernelsUnavailable, choose
-from engine.plan import Capacity, Plan, capacity_of, estimate, require_memory
+from engine.plan import Capacity, Plan, capacity_of, estimate, least_recompute, require_memory
 from engine.tokenizer import Tokenizer, is_tokenizer, load_tokenizer, tokenizer_files
 from engine.tokenizer.extend import why_no_extension
 from engine.train.engine import DTYPES
@@ -31,7 +32,8 @@ from engine.train.start import Start, find_start, same_data
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run: config, layout, device, where its weights come from."""
+    """A checked run: config, layout, device, where its weights come from. The plan's config is the same with
+    `--recompute auto` decided: with that the engine is built, and the job's own is what is stored."""
 
     config: RunConfig
     layout: Layout
@@ -75,12 +77,17 @@ def prepare(request: Request, place: Place) -> Job:
         raise UserError(str(error)) from None
     if device.type == "cuda":
         notes.append("bf16 products are summed in fp32 throughout (allow_bf16_reduced_precision_reduction is off)")
-    plan = estimate(config, layout, dtype, kernels=kernels)
+    capacity = memory_here(device, place, switches) if here else None
+    if config.runtime.recompute == AUTO:
+        plan, note = least_recompute(config, layout, dtype, kernels, capacity)
+        notes.append(note)
+    else:
+        plan = estimate(config, layout, dtype, kernels=kernels)
     if resume is None and config.data.data and config.data.data == request.demo.get("data"):
         notes.append(f"no --data: taking the demo's, {shown(config.data.data)}")
     job = Job(config, layout, device, dtype, tokenizer, plan, kernels, start, (), notes, origin)
     if not switches.dry_run:
-        require_memory(plan, memory_here(job, place, switches))
+        require_memory(plan, memory_here(device, place, switches))
         if missing is not None:
             raise missing
         data = request.entry.check_data(config)
@@ -101,10 +108,10 @@ def _device_and_dtype(config: RunConfig, place: Place, switches: Switches) -> tu
     return device, here, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def memory_here(job: Job, place: Place, switches: Switches) -> Capacity:
+def memory_here(device: torch.device, place: Place, switches: Switches) -> Capacity:
     """The memory that a rank has on this machine. All processes of --world-size are this machine's, but for GPUs, of
     which each has one."""
-    return capacity_of(job.device, switches.world_size or place.local_world)
+    return capacity_of(device, switches.world_size or place.local_world)
 
 
 def _same_model(given: Values, model: ModelConfig, base: ModelConfig, folder: Path, grows: bool) -> None:

@@ -50,6 +50,7 @@ from engine.train.lines import JsonLines
 from engine.train.lock import RunLock
 from engine.train.loop import train
 from engine.train.place import Place
+from engine.train.settle import settled
 from engine.train.signals import StopRequest
 
 EVALUATED_AT_ONCE = 8
@@ -102,10 +103,11 @@ class _Session:
 
     def __init__(self, job: Job, place: Place, mesh: Mesh, make_feed: MakeFeed, stop: StopRequest,
                  lock: RunLock | None) -> None:
+        job = settled(job, mesh)
         self.job, self.place, self.mesh = job, place, mesh
         self.stop = stop
         self.out = Path(job.config.save.out) if job.config.save.out else None
-        self.engine = Engine(job.config, mesh, job.device, job.dtype, job.kernels)
+        self.engine = Engine(job.plan.config, mesh, job.device, job.dtype, job.kernels)
         self.guard = WatchFolder(lock.in_place, self.stop.request) if lock is not None else None
         self.origin = agreed(self._start, mesh, job.device)
         self.engine.optimizer.gather()  # each dp rank has read its own rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,27 @@ def test_flags_come_in_every_spelling() -> None:
         with pytest.raises(UserError, match="^unknown option --no-"):
             parse(words)
     assert parse(["--tp", "2", "--tp", "4"]).parallel.tp == 4, "the later flag wins"
-    assert parse(["--recompute", "--tp", "2"]).runtime.recompute
+
+
+@pytest.mark.parametrize(("words", "wanted"), [
+    ("", "none"), ("--recompute", "full"), ("--recompute --tp 2", "full"), ("--no-recompute", "none"),
+    ("--recompute true", "full"), ("--recompute=false", "none"), ("--recompute selective", "selective"),
+    ("--recompute=full:12 --tp 2", "full:12"), ("--recompute auto", "auto"), ("--recompute --no-recompute", "none")])
+def test_recompute_is_a_word_and_may_stand_alone_as_it_once_did(tmp_path: Path, words: str, wanted: str) -> None:
+    config = parse(words.split())
+    check(config, config.parallel.tp)
+    assert config.runtime.recompute == wanted
+    for old, now in (("true", "full"), ("false", "none"), ("full:3", "full:3"), ("none", "none")):
+        assert from_yaml(tmp_path, f"runtime: {{recompute: {old}}}").runtime.recompute == now
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    ("some", "--recompute 'some' is not known; use none, selective, full, full:N or auto"),
+    ("full:0", "--recompute full:0: N is a number of blocks, from 1"), ("full:99999", "from 1 to 16384"),
+    ("full:-1", "is not known"), ("selective:2", "is not known"), ("", "--recompute is empty")])
+def test_a_recompute_that_is_none_is_refused(value: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        check(parse([f"--recompute={value}"]), 1)
 
 
 def test_several_files_are_repeated_or_joined_by_commas(tmp_path: Path) -> None:
@@ -221,7 +242,7 @@ def test_heads_and_hidden_move_what_hangs_on_them() -> None:
 
 @pytest.mark.parametrize("argv", [
     "", "--model 7b --tied --rope-theta 5e5", "--lr 1e-5 --min-lr 1e-7 --data a:0.5,b:0.5 --seed 18446744073709551615",
-    "--model gpt2 --dtype bf16 --recompute --sequence-parallel --tp 4 --stop-after 3 --tokenizer no --out null",
+    "--model gpt2 --dtype bf16 --recompute full:3 --sequence-parallel --tp 4 --stop-after 3 --tokenizer no --out null",
 ])
 def test_a_saved_config_reads_back_as_it_was(tmp_path: Path, argv: str) -> None:
     config = parse(argv.split())

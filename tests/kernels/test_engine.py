@@ -13,6 +13,7 @@ import torch
 
 from engine import verify
 from engine.config import Layout, check
+from engine.config.recompute import FULL, NONE, SELECTIVE
 from engine.kernels.dispatch import Kernels, choose
 from engine.kernels.rope import rope_table
 from engine.mesh import AXES, Mesh, build_mesh
@@ -22,7 +23,7 @@ from engine.parallel.micro_batch import MicroBatch
 from engine.plan import estimate
 from engine.train.engine import Engine
 from tests.kernels.rule import DEVICE, needs_triton, normal
-from tests.parallel import toys
+from tests.parallel import test_recompute, toys
 
 pytestmark = needs_triton
 FUSED = replace(choose("torch", "sdpa", torch.device("cpu"), torch.float32), norm="triton", rope="triton",
@@ -55,10 +56,30 @@ def test_a_run_on_triton_is_the_run_on_torch(model: str) -> None:
 
 
 @pytest.mark.slow
-def test_recomputed_blocks_give_the_same_bits() -> None:
-    flags = f"{toys.MODELS['qwen3']} {FP32}"
-    once, again = alone(flags, FUSED), alone(f"{flags} --recompute", FUSED)
-    assert once.curve == again.curve
+def test_recomputation_gives_the_same_bits() -> None:
+    flags = f"{toys.MODELS['qwen3']} {FP32.replace('fp32', 'bf16')} --global-batch 1"
+    kept, again = (test_recompute.alone(f"{flags} --recompute {kind}", FUSED, steps=1) for kind in ("none", "full:1"))
+    test_recompute.assert_same_bits(again, kept)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_block_made_again_has_the_same_bits(family: str, first: bool) -> None:
+    """In bf16: the gradients of a block's input are added in fp32 and rounded once, whoever made that input."""
+    config = toys.make_config(f"{toys.MODELS[family]} {FP32}").model
+    micro = MicroBatch.of(torch.zeros(2, 12, dtype=torch.long, device=DEVICE))
+    rope = None if family == "gpt2" else rope_table(micro.positions, 8, 1e4, torch.bfloat16)
+    results = []
+    for recompute in (NONE, SELECTIVE, FULL):
+        block = Block(0, Parts(config, dtype=torch.bfloat16, device=DEVICE, kernels=FUSED, recompute=recompute))
+        for i, parameter in enumerate(block.parameters()):
+            parameter.data.copy_(normal(*parameter.shape, seed=i, scale=0.1))
+        x, branch = (normal(2, 12, 32, seed=seed).bfloat16().requires_grad_() for seed in (50, 51))
+        outs = block(x, None if first else branch, micro, rope)
+        torch.autograd.backward(outs, [normal(*y.shape, seed=60 + i).bfloat16() for i, y in enumerate(outs)])
+        results.append([*outs, x.grad, *([] if first else [branch.grad]), *(p.grad for p in block.parameters())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 def tp2(rank: int, world: int, flags: str) -> Any:
@@ -103,9 +124,10 @@ def test_a_block_compiles_to_one_graph(family: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="what is kept is counted on a CPU")
+@pytest.mark.parametrize("kind", ["none", "selective"])
 @pytest.mark.parametrize("model", ["llama", "qwen3", "gpt2"])
-def test_the_plan_knows_what_the_kernels_keep(model: str) -> None:
-    config = toys.make_config(f"{toys.MODELS[model]} --dtype fp32 --layers 2 --seq-len 48")
+def test_the_plan_knows_what_the_kernels_keep(model: str, kind: str) -> None:
+    config = toys.make_config(f"{toys.MODELS[model]} --dtype fp32 --layers 2 --seq-len 48 --recompute {kind}")
     engine = Engine(config, Mesh(Layout(), 0, dict.fromkeys(AXES, 0)), DEVICE, torch.float32, FUSED)
     engine.initialize()
     decoder = next(engine.models())

@@ -30,6 +30,8 @@ LAYOUTS = {
     "pp2-interleaved": (2, "--pp 2 --virtual-stages 2 --schedule interleaved"), "recompute": (1, "--recompute"),
     "interleaved": (1, "--virtual-stages 2 --schedule interleaved"),
     "tp2-sp-recompute": (2, f"--tp 2 --sequence-parallel --recompute {MICRO4}"), "dp4": (4, ""),
+    "tp2-sp-selective": (2, f"--tp 2 --sequence-parallel --recompute selective {MICRO4}"),
+    "tp2-pp2-full1": (4, "--tp 2 --pp 2 --recompute full:1"),
 }
 # Every layout trains a llama (no biases, embeddings not tied) and a gpt2 (biases everywhere, tied embeddings). The two
 # between them train where a layout treats what is theirs in a way of its own.

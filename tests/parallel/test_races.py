@@ -18,7 +18,8 @@ import toys
 from engine.comm.comm import Comm
 
 CASES = [("llama", "tp2-pp2-dp2-sp"), ("llama", "tp2-dp2"), ("gpt2", "tp4-sp"), ("gpt2", "pp2-dp2"),
-         ("llama-tied", "dp2"), ("qwen3", "tp2-sp-recompute"), ("gpt2", "pp2-interleaved")]
+         ("llama-tied", "dp2"), ("qwen3", "tp2-sp-recompute"), ("gpt2", "pp2-interleaved"),
+         ("qwen3", "tp2-sp-selective")]
 
 
 def raced(rank: int, world: int, flags: str, steps: int, shared: bool) -> Any:
