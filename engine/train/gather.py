@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from engine.comm.heart import Heart, Phase
 from engine.errors import UserError
 from engine.mesh import Mesh, build_mesh
 from engine.train.job import Job
-from engine.train.launch import Diverged, ended, set_threads
+from engine.train.launch import Diverged, ended
 from engine.train.place import Place
 from engine.train.rendezvous import Reported, connect, start_group
 from engine.train.same_run import refuse_another_run
+from engine.train.threads import threads_of
 from engine.train.watch import Limits, Watch
 
 
@@ -26,7 +29,9 @@ def gathered(job: Job, place: Place, before: Callable[[], None] = lambda: None) 
     `before` runs on every rank once it is watched and known to be of this run. What is raised here, there or inside is
     told to the other ranks, which then end, and raised on: what all find as `Ended`, a crash under `Reported`.
     """
-    set_threads(place.local_world)
+    threads = threads_of(place, os.environ, len(os.sched_getaffinity(0)))
+    if threads is not None:
+        torch.set_num_threads(threads)
     limits = Limits(job.config.runtime.timeout, job.config.runtime.save_timeout)
     if place.world == 1:
         before()

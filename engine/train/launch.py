@@ -161,13 +161,6 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def set_threads(local_world: int) -> None:
-    """The cores of the machine, shared by its ranks; torchrun sets OMP_NUM_THREADS=1, which wastes the others. Alone,
-    a process does what the user has set."""
-    if local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-
-
 def expand_segments() -> None:
     """Lets torch's allocator grow its ranges of GPU memory instead of taking many of fixed sizes, whose gaps tensors of
     other sizes cannot use. What the user has set wins. Before CUDA is initialised: torch reads its variable once."""
