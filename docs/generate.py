@@ -80,10 +80,10 @@ def error(world: str, *flags: str) -> str:
 def training() -> str:
     """What benchmarks/train_step.py last committed: medians over its rounds."""
     content = results("train_step")
-    head = f"{content['machine']['cores']} CPU cores"
+    head = f"{processor(content)}, bf16 by {content['machine']['bf16']}"
     rows = [f"| {head} | tokens/s | share of the matrix products' rate | x transformers |",
             "|---|---|---|---|"]
-    shown = {name: r for name, r in content["results"].items() if not re.search("bound|pure|threads", name)}
+    shown = {name: r for name, r in content["results"].items() if not re.search("bound|pure|thread", name)}
     for name, result in shown.items():
         share, ratio = (f"{result[key]:{form}}" if result[key] else "-"
                         for key, form in (("share_of_bound", ".0%"), ("ratio_to_transformers", ".2f")))
@@ -96,10 +96,17 @@ def results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def processor(*contents: Any) -> str:
+    """The processors that results were measured on: "2 cores of an Intel Xeon Processor"."""
+    machines = {f"{content['machine']['cores']} cores of an {content['machine']['cpu']}" for content in contents}
+    return re.sub(r"\((R|TM|tm)\)", "", " and ".join(sorted(machines)))
+
+
 def preparation() -> str:
     """What benchmarks/preprocess.py, encoders.py and dedup.py last committed: megabytes a CPU second."""
     tools, encoders, dedup = map(results, ("preprocess", "encoders", "dedup"))
-    rows = ["| megabytes of text a CPU second | Triax | beside |", "|---|---|---|"]
+    head = f"megabytes of text a CPU second, {processor(tools, encoders, dedup)}"
+    rows = [f"| {head} | Triax | beside |", "|---|---|---|"]
     for language in ("english", "chinese"):
         one = tools[language]
         ours, theirs = (one["sides"][f"{side}, 1 worker"]["megabytes_per_cpu_second"]
@@ -136,8 +143,8 @@ def figures() -> str:
             ("triax load (crc32)", "loading it, every checksum verified", "copy, no fsync", "a file copy")):
         result = disk["results"][ours]
         rows.append(f"| {what} | {result['gb_per_s']:.1f} GB/s | {result['shares'][peer]:.0%} of {peer_name} |")
-    cores = startup["machine"]["cores"]
-    return "\n".join([f"| 27.4 M parameters, fp32, {cores} CPU cores | Triax | beside |", "|---|---|---|", *rows])
+    head = f"27.4 M parameters, fp32, {processor(startup, disk)}"
+    return "\n".join([f"| {head} | Triax | beside |", "|---|---|---|", *rows])
 
 
 def resources() -> str:
