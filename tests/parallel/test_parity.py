@@ -39,10 +39,18 @@ PAIRS = [(model, layout) for model in ("llama", "gpt2") for layout in LAYOUTS]
 PAIRS += [("llama-tied", layout) for layout in ("tp2", "pp2", "dp2", "tp4-sp", "pp2-interleaved", "tp2-pp2-dp2-sp")]
 PAIRS += [("qwen3", layout) for layout in ("tp2", "tp4", "tp2-sp-recompute", "tp4-sp", "tp2-pp2-sp")]
 
+BY_TORCH = [("llama", "tp4-sp"), ("llama", "pp2-interleaved"), ("llama-tied", "tp2-pp2-dp2-sp"), ("gpt2", "dp2"),
+            ("qwen3", "tp2-sp-recompute")]
+"""What `make test` trains over torch.distributed too; `make soak` trains the rest."""
 
-def run(rank: int, world: int, flags: str, steps: int) -> Any:
-    """On a rank: trains, and returns the curve, the gradients of step 1 and the initial and final weights."""
-    return run_engine(toys.make_engine(toys.make_config(flags), rank, world), steps)
+
+def run(rank: int, world: int, flags: str, steps: int, shared: bool = True) -> Any:
+    """On a rank: trains, and returns the curve, the gradients of step 1 and the initial and final weights. `shared`:
+    through shared memory, else through torch.distributed."""
+    config = toys.make_config(flags)
+    mesh = toys.make_mesh(config, rank, world, shared=shared)
+    assert world == 1 or mesh.transport == ("shared memory" if shared else "gloo")
+    return run_engine(toys.make_engine(config, rank, world, mesh), steps)
 
 
 def run_engine(engine: Engine, steps: int) -> Any:
@@ -103,6 +111,16 @@ def test_fp64_equals_one_process(ranks: Any, single: Any, model: str, layout: st
     world, flags = LAYOUTS[layout]
     reference = single(toys.MODELS[model])
     compare(ranks(world, run, flags=f"{toys.MODELS[model]} {flags}", steps=STEPS), reference, 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize(("model", "layout"), [
+    pytest.param(*pair, marks=pytest.mark.slow if pair in BY_TORCH else pytest.mark.soak)
+    for pair in PAIRS if LAYOUTS[pair[1]][0] > 1])
+def test_fp64_equals_one_process_over_torch_distributed(ranks: Any, single: Any, model: str, layout: str) -> None:
+    world, flags = LAYOUTS[layout]
+    reference = single(toys.MODELS[model])
+    found = ranks(world, run, flags=f"{toys.MODELS[model]} {flags}", steps=STEPS, shared=False)
+    compare(found, reference, 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize("layout", ["pp2", "dp2", "tp2-pp2-dp2-sp"])
