@@ -55,6 +55,23 @@ def add_product(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> No
         _add(weight, grad.t() @ x)
 
 
+def accumulate_rows(weight: torch.Tensor, grad: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
+    """Adds rows of an embedding's gradient, grad [tokens, width], to the rows ids [tokens] of `weight.main_grad`;
+    returns the whole gradient when there is none. Always in one order, and without a tensor of the weight's size."""
+    main: torch.Tensor | None = getattr(weight, "main_grad", None)
+    if main is None:
+        return torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], -1, False)
+    if weight.grad_empty:  # type: ignore[attr-defined]
+        main.zero_()
+        weight.grad_empty = False  # type: ignore[attr-defined]
+    if main.is_cuda:  # index_add_ would use atomics there; index_put_ sorts, and on a CPU takes longer
+        main.index_put_((ids,), grad.to(main.dtype), accumulate=True)
+    else:
+        main.index_add_(0, ids, grad.to(main.dtype))
+    done(weight)
+    return None
+
+
 def accumulate(parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
     """Adds `grad` into `parameter.main_grad`; returns it when the parameter has no bucket."""
     if getattr(parameter, "main_grad", None) is None:

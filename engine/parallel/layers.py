@@ -25,7 +25,7 @@ from engine.parallel.collectives import (
     start_all_gather_sequence,
     start_reduce_scatter_sequence,
 )
-from engine.parallel.gradients import accumulate, accumulate_product, add_product, done, use
+from engine.parallel.gradients import accumulate, accumulate_product, accumulate_rows, add_product, done, use
 from engine.parallel.sharding import Member, Shard, make_parameter, split_columns, split_rows, whole
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -105,25 +105,22 @@ class _Linear(torch.autograd.Function):
 
 
 class _Embedding(torch.autograd.Function):
-    """weight[ids] with the gradient's rows added straight into the bucket; rows outside this shard give zero."""
+    """weight[ids] with the gradient's rows added straight into the bucket. `outside` [batch, seq] is true where an id
+    is none of this shard's rows, which gives zero; None where the shard is the whole."""
 
     @staticmethod
-    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
-        local = ids - first
-        outside = (local < 0) | (local >= weight.shape[0])
-        local = local.masked_fill(outside, 0)
-        ctx.save_for_backward(local, outside)
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, outside: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(ids, outside)
         ctx.weight = use(weight)
-        return F.embedding(local, weight).masked_fill_(outside.unsqueeze(-1), 0)
+        x = F.embedding(ids, weight)
+        return x if outside is None else x.masked_fill_(outside.unsqueeze(-1), 0)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
-        (local, outside), weight = ctx.saved_tensors, ctx.weight
-        kind = weight.dtype if getattr(weight, "main_grad", None) is None else weight.main_grad.dtype
-        grad = grad.to(kind).masked_fill(outside.unsqueeze(-1), 0)
-        # Deterministic on every device (index_add_ would use atomics on CUDA).
-        dense = torch.ops.aten.embedding_dense_backward(grad, local, weight.shape[0], -1, False)
-        return None, accumulate(weight, dense), None
+        ids, outside = ctx.saved_tensors
+        if outside is not None:
+            grad = grad.masked_fill(outside.unsqueeze(-1), 0)
+        return None, accumulate_rows(ctx.weight, grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)), None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -181,9 +178,13 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.tp.group is None:
-            return _Embedding.apply(ids, self.weight, 0)  # type: ignore[no-any-return]
-        x = _Embedding.apply(ids, self.weight, self.tp.rank * self.weight.shape[0])
-        return leave(x, self.tp)
+            return _Embedding.apply(ids, self.weight, None)  # type: ignore[no-any-return]
+        rows = self.weight.shape[0]
+        local = ids - self.tp.rank * rows
+        outside = (local < 0) | (local >= rows)
+        # What is another shard's adds zeros to rows of all numbers: to one row, they would queue there.
+        local = torch.where(outside, ids % rows, local)
+        return leave(_Embedding.apply(local, self.weight, outside), self.tp)
 
     def extra_repr(self) -> str:
         rows, hidden = self.weight.shape
