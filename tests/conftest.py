@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch and numpy are imported
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, under Triton's interpreter: 3 to 10 times faster
 
 import torch  # noqa: E402
+
+settings.register_profile("suite", deadline=None)  # a loaded machine is no fault of the code
+settings.load_profile("suite")
 
 # A shell that starts the suite in the background, or nohup, ignores signals; what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
