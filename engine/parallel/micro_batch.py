@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.attention.documents import Documents
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -13,16 +15,17 @@ class MicroBatch:
 
     tokens, labels [sequences, seq], int64; labels are None where no loss is computed.
     positions [seq], int64: where each token stands in its sequence.
-    documents [documents + 1], int32: the cumulative lengths, over the flattened tokens, of the documents that attention
-    keeps within; None where it does not.
+    documents: those that attention keeps within, made once for all layers; None where it does not.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor | None = None
-    documents: torch.Tensor | None = None
+    documents: Documents | None = None
 
     @classmethod
     def of(cls, tokens: torch.Tensor, *, first: int = 0, documents: torch.Tensor | None = None) -> MicroBatch:
-        """Tokens at the positions first, first + 1, ..., without labels."""
-        return cls(tokens, torch.arange(first, first + tokens.shape[1], device=tokens.device), documents=documents)
+        """Tokens at the positions first, first + 1, ..., without labels. documents [documents + 1], int32: cumulative
+        lengths over the flattened tokens."""
+        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        return cls(tokens, positions, documents=None if documents is None else Documents.of(documents, *tokens.shape))

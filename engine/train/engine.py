@@ -18,6 +18,7 @@ from engine.config import RunConfig
 from engine.config.recompute import read_recompute
 from engine.data.batches import Batch
 from engine.errors import UserError
+from engine.kernels.attention.documents import Documents
 from engine.kernels.cross_entropy import IGNORE
 from engine.kernels.dispatch import Kernels
 from engine.mesh import Mesh
@@ -175,8 +176,8 @@ class Engine:
             labels = F.pad(labels, (0, padded - seq), value=IGNORE)
         positions = self.positions(padded)
         cumulative = batch.cumulative(size, padded)
-        documents = None if cumulative is None else [self._to_device(lengths) for lengths in cumulative]
-        return [MicroBatch(part, positions, own, None if documents is None else documents[i])
+        return [MicroBatch(part, positions, own, None if cumulative is None else
+                           Documents.of(self._to_device(cumulative[i]), *part.shape))
                 for i, (part, own) in enumerate(zip(tokens.split(size), labels.split(size), strict=True))]
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:

@@ -12,10 +12,10 @@ import torch
 
 from engine.kernels.attention import backward as _backward
 from engine.kernels.attention import forward as _forward
-from engine.kernels.attention.bounds import document_bounds
+from engine.kernels.attention.documents import Documents
 from engine.kernels.attention.reference import reference, sdpa, statistics
 
-__all__ = ["attention", "attention_statistics", "merge"]
+__all__ = ["Documents", "attention", "attention_statistics", "merge"]
 
 WIDEST = 256
 """Columns of a head that the kernels' tiles hold."""
@@ -79,33 +79,36 @@ _forward_op.register_autograd(_differentiate, setup_context=_keep)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
-              cumulative: Tensor | None = None, scale: float | None = None, by: str = "sdpa") -> Tensor:
+              cumulative: Tensor | Documents | None = None, scale: float | None = None, by: str = "sdpa") -> Tensor:
     """q [batch, heads, seq, d], k and v [batch, kv_heads, keys, d] -> [batch, heads, seq, d].
 
     With `causal`, query i sees the keys up to keys - seq + i (the last queries of a longer sequence); with `window` w,
     of those, the last w alone. `cumulative` [documents + 1], whole numbers on the device: the cumulative lengths of
     documents over the batch's flattened tokens; a query then sees its own document alone, and the end of a row ends a
-    document. `scale` is 1 / sqrt(d) if not given. A query that sees nothing gives 0.
+    document. Whoever calls for many layers gives them as `Documents`, made once. `scale` is 1 / sqrt(d) if not given. A
+    query that sees nothing gives 0.
     by: "sdpa", "triton" (d at most 256; deterministic both ways), "reference" (the formula, scores whole) or "unfused"
     (the same with the softmax by Triton). ValueError for what does not fit.
     """
     _check(q, k, v, window, cumulative, by)
+    documents = _documents(q, cumulative)
     if by == "triton":
-        return _fused(q, k, v, causal, window, cumulative, scale)[0]
+        return _fused(q, k, v, causal, window, documents, scale)[0]
     if by == "sdpa":
-        return sdpa(q, k, v, causal, window, cumulative, scale)
-    return reference(q, k, v, causal, window, cumulative, scale, "triton" if by == "unfused" else "torch")
+        return sdpa(q, k, v, causal, window, documents, scale)
+    return reference(q, k, v, causal, window, documents, scale, "triton" if by == "unfused" else "torch")
 
 
 def attention_statistics(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
-                         cumulative: Tensor | None = None, scale: float | None = None,
+                         cumulative: Tensor | Documents | None = None, scale: float | None = None,
                          by: str = "reference") -> tuple[Tensor, Tensor]:
     """As `attention`, with the natural logarithm of each query's sum of exponentials [batch, heads, seq], -inf where it
     sees nothing; both have a gradient. What `merge` joins. by: "triton" or "reference"."""
     _check(q, k, v, window, cumulative, by)
+    documents = _documents(q, cumulative)
     if by == "triton":
-        return _fused(q, k, v, causal, window, cumulative, scale)
-    return statistics(q, k, v, causal, window, cumulative, scale)
+        return _fused(q, k, v, causal, window, documents, scale)
+    return statistics(q, k, v, causal, window, documents, scale)
 
 
 def merge(y: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,15 +126,20 @@ def merge(y: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Ten
     return joined, (base + torch.log(safe)).masked_fill(none, float("-inf"))
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, cumulative: Tensor | None,
+def _documents(q: Tensor, given: Tensor | Documents | None) -> Documents | None:
+    """The documents as the kernels read them."""
+    return Documents.of(given, q.shape[0], q.shape[2]) if isinstance(given, Tensor) else given
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, documents: Documents | None,
            scale: float | None) -> tuple[Tensor, Tensor]:
     """y and lse by the kernels."""
-    start, end = (None, None) if cumulative is None else document_bounds(cumulative, q.shape[0], q.shape[2])
+    start, end = (None, None) if documents is None else (documents.start, documents.end)
     y, lse = _forward_op(q, k, v, start, end, causal, window or 0, q.shape[-1] ** -0.5 if scale is None else scale)
     return y, lse
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cumulative: Tensor | None, by: str) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cumulative: Tensor | Documents | None, by: str) -> None:
     (batch, heads, seq, d), (_, kv_heads, keys, _) = q.shape, k.shape
     if k.shape != (batch, kv_heads, keys, d) or v.shape != k.shape or heads % kv_heads:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not belong together")
@@ -141,6 +149,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cumulative: Tens
         raise ValueError(f"a window of {window} keys sees nothing")
     if cumulative is not None and seq != keys:
         raise ValueError(f"documents need as many queries as keys, not {seq} and {keys}")
+    if isinstance(cumulative, Documents) and cumulative.start.shape != (batch * seq,):
+        raise ValueError(f"documents of {cumulative.start.numel()} tokens do not belong to q {list(q.shape)}")
     if by == "triton" and d > WIDEST:
         raise ValueError(f"attention by 'triton' takes heads of up to {WIDEST} columns, these have {d}")
     if by not in ("sdpa", "triton", "reference", "unfused"):

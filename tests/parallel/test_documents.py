@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.data.batches import Batch, share_of
+from engine.kernels.attention import Documents, attention
 from engine.model import Decoder, Parts
 from engine.parallel.micro_batch import MicroBatch
 from tests.parallel import toys
@@ -47,3 +52,32 @@ def test_an_uneven_share_keeps_its_documents() -> None:
     shares = [share_of(batch, rank, 2).begins for rank in range(2)]
     assert shares[0] is not None and shares[1] is not None
     np.testing.assert_array_equal(np.concatenate(shares), np.pad(begins, ((0, 1), (0, 0))))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_documents_are_found_once_a_micro_batch(recompute: str) -> None:
+    """Not once a layer, nor again where a block is run again."""
+    flags = f"{toys.MODELS['llama']} --mask-documents --micro-batch 2 --recompute {recompute}"
+    engine = toys.make_engine(toys.make_config(flags), 0, 1)
+    with Named("searchsorted") as calls:
+        toys.train(engine, 1)
+    assert calls.count == 2  # a step of four sequences
+
+
+class Named(TorchDispatchMode):
+    """Counts the calls of an operation."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func).split(".")[1] == self.name
+        return func(*args, **(kwargs or {}))
+
+
+def test_documents_of_other_tokens_are_refused() -> None:
+    q = torch.zeros(2, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"documents of 6 tokens do not belong to q \[2, 1, 4, 8\]"):
+        attention(q, q, q, cumulative=Documents.of(torch.tensor([0, 6]), 1, 6))
