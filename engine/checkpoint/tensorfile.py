@@ -35,6 +35,8 @@ INLINE = 1 << 20
 """Tensors of fewer bytes are summed in line: a thread would cost more than it gains."""
 WRITE = 64 << 20
 """Bytes handed to the kernel at a time, and to the disk."""
+READ = 512 << 10
+"""Bytes read and summed at a time: half of a core's cache."""
 BEHIND = 128 << 20
 """Bytes of values that may be written and not yet summed."""
 
@@ -83,6 +85,23 @@ class TensorFile:
         """The bytes of a tensor."""
         stored = self.tensors[key]
         return memoryview(self._map)[stored.begin : stored.end]
+
+    def read_into(self, key: str, target: memoryview) -> int:
+        """Reads a tensor's bytes into memory of its size; returns their crc32. The sum is taken of each piece while the
+        processor's cache holds it. Raises UserError where the file cannot be read."""
+        left, crc = target, 0
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.tensors[key].begin)
+                while left:
+                    count = file.readinto(left[:READ])
+                    if not count:
+                        raise UserError(f"{self.path} was cut short while it was read")
+                    crc = zlib.crc32(left[:count], crc)
+                    left = left[count:]
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+        return crc
 
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor as a view of the file's map; a copy only where its bytes are not aligned."""

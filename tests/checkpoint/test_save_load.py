@@ -393,3 +393,21 @@ def dying(function: Callable[..., object], nth: int) -> Callable[..., object]:
         return function(*args, **more)
 
     return call
+
+
+def test_a_slice_that_is_wanted_whole_is_read_into_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read twice, to be summed and then to be copied; nor from a map, where a file that is cut meanwhile
+    kills the process."""
+    from engine.checkpoint import load as loading
+
+    monkeypatch.setattr(loading, "_copy", lambda target, values: pytest.fail("copied"))
+    save(tmp_path, 1, build(TINY, (1, 1, 1)))
+    [rank] = build(TINY, (1, 1, 1), seed=None)
+    checkpoint = open_checkpoint(tmp_path / "step-00000001")
+    checkpoint.load(rank.entries, expected=logical_shapes(TINY))
+    assert all(torch.equal(one.tensor, other.tensor) for one, other in
+               zip(rank.entries, build(TINY, (1, 1, 1))[0].entries, strict=True))
+    [file] = (tmp_path / "step-00000001").glob("*.safetensors")
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"\.safetensors was cut short while it was read"):
+        checkpoint.load(rank.entries, expected=logical_shapes(TINY))
