@@ -18,7 +18,7 @@ from engine.train.launch import Diverged, ended
 from engine.train.place import Place
 from engine.train.rendezvous import Reported, connect, start_group
 from engine.train.same_run import refuse_another_run
-from engine.train.threads import threads_of
+from engine.train.threads import cores_here, threads_of
 from engine.train.watch import Limits, Watch
 
 
@@ -29,7 +29,7 @@ def gathered(job: Job, place: Place, before: Callable[[], None] = lambda: None) 
     `before` runs on every rank once it is watched and known to be of this run. What is raised here, there or inside is
     told to the other ranks, which then end, and raised on: what all find as `Ended`, a crash under `Reported`.
     """
-    threads = threads_of(place, os.environ, len(os.sched_getaffinity(0)))
+    threads = threads_of(place, os.environ, cores_here())
     if threads is not None:
         torch.set_num_threads(threads)
     limits = Limits(job.config.runtime.timeout, job.config.runtime.save_timeout)

@@ -21,7 +21,7 @@ GPU = Path("/dev/nvidiactl")
 
 def share_cores(argv: Sequence[str], recipe: Sequence[str] = ()) -> None:
     """Sets this process's OpenMP for the layout that its flags ask for; those of a recipe lie beneath them."""
-    os.environ.update(openmp(argv, recipe, os.environ, len(os.sched_getaffinity(0))))
+    os.environ.update(openmp(argv, recipe, os.environ, cores_here()))
 
 
 def openmp(argv: Sequence[str], recipe: Sequence[str], env: Mapping[str, str], cores: int) -> dict[str, str]:
@@ -42,6 +42,11 @@ def openmp(argv: Sequence[str], recipe: Sequence[str], env: Mapping[str, str], c
     if stages == 1 or device == "cuda" or (device == "auto" and GPU.exists()):
         return {}
     return {"OMP_NUM_THREADS": str(2 * share), "OMP_WAIT_POLICY": "passive"}
+
+
+def cores_here() -> int:
+    """The cores that this process may use; all of the machine where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_of(place: Place, env: Mapping[str, str], cores: int) -> int | None:

@@ -73,6 +73,12 @@ def test_a_rank_computes_with_its_share_unless_somebody_has_said_otherwise() -> 
     assert threads_of(alone, {}, 8) is None
 
 
+def test_a_system_that_binds_no_process_to_cores_has_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads.cores_here() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert threads.cores_here() == os.cpu_count()
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks have no core each")
 def test_the_threads_are_settled_before_torch_is_imported() -> None:
     look = ("import sys; from engine.train.threads import share_cores; share_cores(['--pp', '2', '--device', 'cpu']); "
