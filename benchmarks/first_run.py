@@ -31,12 +31,15 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from common import RESULTS, fill, keep, machine  # noqa: E402
 
-from engine.config import Layout, parse  # noqa: E402
+from engine.checkpoint import alone, open_checkpoint  # noqa: E402
+from engine.checkpoint.background import BackgroundSave, Saved  # noqa: E402
+from engine.config import Layout, parse, to_dict  # noqa: E402
 from engine.data.batches import Batch  # noqa: E402
 from engine.kernels import activation, adamw, cross_entropy, dropout, gradient_norm, norm, rope, softmax  # noqa: E402
 from engine.kernels.attention import attention  # noqa: E402
 from engine.kernels.dispatch import Kernels, choose  # noqa: E402
 from engine.mesh import AXES, Mesh  # noqa: E402
+from engine.model.shapes import logical_shapes  # noqa: E402
 from engine.plan import flops_per_token, peak_flops  # noqa: E402
 from engine.train.engine import Engine  # noqa: E402
 from engine.train.launch import choose_device, expand_segments  # noqa: E402
@@ -291,6 +294,26 @@ def step(report: Report) -> None:
                 assert abs(loss - known) < 5e-3 * known and abs(size - usual) < 3e-2 * usual, (name, curves)
 
     report.check("step by triton is that by torch, and repeats", compare)
+    report.check("a checkpoint written beside steps",
+                 lambda: check_save(build(f"{flags} --layers 1 --vocab-size 320", fused)))
+
+
+def check_save(engine: Engine) -> str:
+    """What is written while steps change the state is the state as it was."""
+    train(engine, 1)
+    kept = [entry.tensor.clone() for entry in engine.optimizer.entries()]
+    told: list[Saved] = []
+    with tempfile.TemporaryDirectory() as folder:
+        saver = BackgroundSave(Path(folder), rank=0, world=1, agree=alone, device=DEVICE, told=told.append)
+        engine.rider = saver
+        meta = {"samples": 0, "config": to_dict(engine.config), "world": {}, "optimizer_steps": 1}
+        saver.save(1, engine.optimizer.entries(), meta=meta, assets={})
+        train(engine, 2)
+        saver.finish()
+        entries = list(engine.optimizer.entries())
+        open_checkpoint(told[0].folder).load(entries, expected=logical_shapes(engine.config.model))
+    assert all(torch.equal(entry.tensor, tensor) for entry, tensor in zip(entries, kept, strict=True))
+    return f"{told[0].seconds:.2f} s, training stood still {told[0].waited:.3f} s"
 
 
 def full(report: Report, save: Path | None) -> None:

@@ -26,7 +26,8 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that stands on the disk; in seconds, how long it took and how long training stood still for it."""
+    """A checkpoint that stands on the disk; in seconds, how long this rank's part of it took, and how long training
+    stood still."""
 
     folder: Path
     seconds: float
@@ -84,7 +85,7 @@ class BackgroundSave:
             running.agree_on_phase()
         if running.agreed == len(running.work.phases):
             self.running = None
-            self.told(Saved(running.work.final, time.perf_counter() - running.start, running.waited))
+            self.told(Saved(running.work.final, running.ended - running.start, running.waited))
 
     def finish(self) -> None:
         """Returns when the save under way stands on the disk; every rank calls it after the same step."""
@@ -113,7 +114,7 @@ class _Running:
     """One save under way: its thread, how far this rank is, and how far all ranks are known to be."""
 
     def __init__(self, work: SaveWork, staging: Staging, start: float) -> None:
-        self.work, self.start = work, start
+        self.work, self.start, self.ended = work, start, start
         self.waited = 0.0
         self.copied = threading.Event()
         self.error: Exception | None = None
@@ -134,6 +135,7 @@ class _Running:
                 self._wait_for_turn()
                 phase()
                 with self.turn:
+                    self.ended = time.perf_counter()
                     self.done += 1
                     self.turn.notify_all()
         except _Cancelled:

@@ -105,7 +105,7 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_went_on(
                 assert torch.equal(entry.tensor, kept), (step, entry.name)
     for training in found:
         assert [saved.folder.name for saved in training.told] == ["step-00000002", "step-00000003", "step-00000006"]
-        assert all(0 <= saved.waited <= saved.seconds for saved in training.told)
+        assert all(saved.waited >= 0 and saved.seconds > 0 for saved in training.told)
 
 
 @pytest.mark.parametrize(("call", "rank"), [("mkdir", 0), ("write", 0), ("write", 1), ("announce", 0)])
