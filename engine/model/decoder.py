@@ -7,7 +7,6 @@ from itertools import accumulate, pairwise
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,8 +15,7 @@ from engine.model.attention import Attention, Rope
 from engine.model.cache import LayerCache
 from engine.model.mlp import MLP
 from engine.model.parts import Norm, Parts, make_norm
-from engine.parallel.gradients import use
-from engine.parallel.layers import Remade, VocabParallelEmbedding, VocabParallelHead, vocab_parameter
+from engine.parallel.layers import Remade, VocabParallelEmbedding, VocabParallelHead, embed, vocab_parameter
 from engine.parallel.micro_batch import MicroBatch
 from engine.parallel.sharding import Shard, make_parameter, whole
 
@@ -89,7 +87,7 @@ class Embedding(nn.Module):
         x = self.tokens(ids)  # [batch, seq or seq/tp, hidden]
         if self.positions is not None:
             first = self.tp.rank * x.shape[1] if self.tp.sequence else 0
-            x = x + F.embedding(positions[first : first + x.shape[1]], use(self.positions))
+            x = x + embed(positions[first : first + x.shape[1]], self.positions)
         return cast(torch.Tensor, x)
 
 

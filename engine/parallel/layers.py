@@ -123,6 +123,11 @@ class _Embedding(torch.autograd.Function):
         return None, accumulate_rows(ctx.weight, grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)), None
 
 
+def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """weight[ids] on a rank that holds all the rows; the gradient's rows are added straight into the bucket."""
+    return _Embedding.apply(ids, weight, None)  # type: ignore[no-any-return]
+
+
 class ColumnParallelLinear(nn.Module):
     """A linear layer whose output features are split over tp. Its local weight may stack several logical tensors.
 
@@ -178,7 +183,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.tp.group is None:
-            return _Embedding.apply(ids, self.weight, None)  # type: ignore[no-any-return]
+            return embed(ids, self.weight)
         rows = self.weight.shape[0]
         local = ids - self.tp.rank * rows
         outside = (local < 0) | (local >= rows)

@@ -19,6 +19,7 @@ from engine.kernels.rope import rope_table
 from engine.mesh import AXES, Mesh, build_mesh
 from engine.model import Parts
 from engine.model.decoder import Block
+from engine.parallel.layers import embed
 from engine.parallel.micro_batch import MicroBatch
 from engine.plan import estimate
 from engine.train.engine import Engine
@@ -144,3 +145,17 @@ def test_the_plan_knows_what_the_kernels_keep(model: str, kind: str) -> None:
         y = decoder(torch.zeros(1, 48, dtype=torch.long))
     planned = estimate(config, Layout(), torch.float32, kernels=FUSED).heaviest.memory.activations
     assert planned == pytest.approx(sum(kept.values()) + y.nbytes, rel=0.05)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU adds the rows of an embedding's gradient in another way")
+def test_a_gpu_adds_an_embeddings_rows_always_in_one_order() -> None:
+    ids = torch.randint(0, 20, (4096,))
+    grad = torch.randn(4096, 64)
+    found = []
+    for device in ("cpu", DEVICE, DEVICE):
+        weight = torch.nn.Parameter(torch.zeros(500, 64, device=device))
+        weight.main_grad, weight.grad_empty = torch.ones(500, 64, device=device), False  # type: ignore[attr-defined]
+        embed(ids.to(device), weight).backward(grad.to(device))
+        found.append(weight.main_grad.cpu())  # type: ignore[attr-defined]
+    assert torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[1], found[0])

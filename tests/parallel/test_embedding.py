@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.model.decoder import Embedding
+from engine.model.parts import Parts
 from engine.parallel.buckets import GradientBuckets
 from engine.parallel.collectives import TensorParallel
 from engine.parallel.layers import VocabParallelEmbedding, vocab_parameter
+from engine.parallel.micro_batch import MicroBatch
+from tests.parallel import toys
 
 VOCAB, HIDDEN = 500, 8
 
@@ -83,3 +87,20 @@ def test_a_shard_takes_what_is_its_own(rank: int) -> None:
     x = embedding(ids).view(VOCAB, HIDDEN)
     own = slice(rank * 128, rank * 128 + real)
     assert torch.equal(x[own], embedding.weight[:real]) and x.abs().sum() == x[own].abs().sum()
+
+
+def test_learned_positions_are_added_row_by_row_too() -> None:
+    config = toys.make_config(f"{toys.MODELS['gpt2']} --max-positions 512").model
+    weight = vocab_parameter("e", 20, 64, config.hidden, std=1.0, tp=TensorParallel(), tied=False, uses=1, primary=True,
+                             dtype=torch.float64, device=torch.device("cpu"))
+    module = Embedding(weight, Parts(config, dtype=torch.float64))
+    GradientBuckets(module)
+    assert module.positions is not None
+    grad = torch.randn(2, 3, config.hidden, dtype=torch.float64)
+    for _ in range(2):
+        micro = MicroBatch.of(torch.ones(2, 3, dtype=torch.long))
+        with Largest(module.positions.main_grad) as made:
+            module(micro.tokens, micro.positions).backward(grad)
+        assert made.most <= grad.numel()
+    assert torch.equal(module.positions.main_grad[:3], 2 * grad.sum(0))
+    assert not module.positions.main_grad[3:].any()
