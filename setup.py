@@ -33,8 +33,10 @@ setup(
     python_requires=">=3.11",
     # find_packages sees only folders with an __init__.py. `kernels/` must not have one (Hugging Face owns that name and
     # transformers probes for it), so it is listed by hand, and so is any folder in it; engine/kernels.py finds it.
-    packages=[*find_packages(include=["engine", "engine.*"]), "engine.kernels", "engine.kernels.attention"],
-    package_dir={"engine.kernels": "kernels", "engine.kernels.attention": "kernels/attention"},
+    packages=[*find_packages(include=["engine", "engine.*"]), "engine.kernels", "engine.kernels.attention",
+              "engine.kernels.norm"],
+    package_dir={"engine.kernels": "kernels", "engine.kernels.attention": "kernels/attention",
+                 "engine.kernels.norm": "kernels/norm"},
     install_requires=[
         "torch>=2.11,<2.15",
         "numpy",

@@ -10,12 +10,13 @@ The kernels compute in fp32 and round once; the sums for the bias are fp32 and a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.language import cdiv, jit, jit_counting, power_of_two, processors, tl
+from engine.kernels.language import LOG2E, cdiv, jit, jit_counting, power_of_two, processors, rounded, tl
 
 # The reference, in torch.
 
@@ -48,6 +49,10 @@ def _activated(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 # The kernels.
 
+# z = x (Z1 + Z3 x^2), dz/dx = Z1 + 3 Z3 x^2.
+Z1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
+Z3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+
 
 @jit
 def _logistic(x, t, FINE: tl.constexpr):
@@ -73,93 +78,100 @@ def _activate(x, GELU: tl.constexpr, FINE: tl.constexpr):
     """The activation of x (fp32) and its slope."""
     if GELU:
         square = x * x
-        t = x * (-2.302208198144325 - 0.1029432395800235 * square)  # -z log2(e)
+        t = x * (-Z1 * LOG2E - Z3 * LOG2E * square)  # -z in powers of two
         y, s, rest = _logistic(x, t, FINE)
-        return y, s + y * rest * (1.5957691216057308 + 0.21406444881780076 * square)  # dz/dx
+        return y, s + y * rest * (Z1 + 3 * Z3 * square)  # dz/dx
     else:
-        y, s, rest = _logistic(x, x * -1.4426950408889634, FINE)
+        y, s, rest = _logistic(x, x * -LOG2E, FINE)
         return y, s + y * rest
 
 
 @jit
-def _glu_kernel(gate_up, y, stride, FFN: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _glu_kernel(gate_up, y, stride_row, FFN: tl.constexpr, GELU: tl.constexpr, BLOCK_N: tl.constexpr):
     """A block of a row of y."""
-    tiles: tl.constexpr = (FFN + BLOCK - 1) // BLOCK
+    tiles: tl.constexpr = (FFN + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    mask = column < FFN
-    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + FFN + column, mask=mask, other=0).to(tl.float32)
+    cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < FFN
+    gate = tl.load(gate_up + row * stride_row + cols, mask=mask, other=0).to(tl.float32)
+    up = tl.load(gate_up + row * stride_row + FFN + cols, mask=mask, other=0).to(tl.float32)
     activated, _ = _activate(gate, GELU, gate_up.dtype.element_ty == tl.float32)
-    tl.store(y + row * FFN + column, (activated * up).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * FFN + cols, rounded(activated * up, y.dtype.element_ty), mask=mask)
 
 
 @jit
-def _glu_backward_kernel(grad, gate_up, both, grad_stride, stride, FFN: tl.constexpr, GELU: tl.constexpr,
-                         BLOCK: tl.constexpr):
+def _glu_backward_kernel(grad, gate_up, both, stride_grad, stride_row, FFN: tl.constexpr, GELU: tl.constexpr,
+                         BLOCK_N: tl.constexpr):
     """A block of a row of d_gate and the same of d_up."""
-    tiles: tl.constexpr = (FFN + BLOCK - 1) // BLOCK
+    tiles: tl.constexpr = (FFN + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    mask = column < FFN
-    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + FFN + column, mask=mask, other=0).to(tl.float32)
-    g = tl.load(grad + row * grad_stride + column, mask=mask, other=0).to(tl.float32)
+    cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < FFN
+    gate = tl.load(gate_up + row * stride_row + cols, mask=mask, other=0).to(tl.float32)
+    up = tl.load(gate_up + row * stride_row + FFN + cols, mask=mask, other=0).to(tl.float32)
+    g = tl.load(grad + row * stride_grad + cols, mask=mask, other=0).to(tl.float32)
     activated, slope = _activate(gate, GELU, gate_up.dtype.element_ty == tl.float32)
-    at = both + row * 2 * FFN + column
-    tl.store(at, (g * up * slope).to(both.dtype.element_ty), mask=mask)
-    tl.store(at + FFN, (g * activated).to(both.dtype.element_ty), mask=mask)
+    grads = both + row * 2 * FFN + cols
+    tl.store(grads, rounded(g * up * slope, both.dtype.element_ty), mask=mask)
+    tl.store(grads + FFN, rounded(g * activated, both.dtype.element_ty), mask=mask)
 
 
 @jit_counting("rows")
-def _bias_gelu_kernel(x, bias, y, rows, stride, WIDTH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
-                      BLOCK: tl.constexpr):
+def _bias_gelu_kernel(x, bias, y, rows, stride_row, WIDTH: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr):
     """A tile of y; its rows share what is read of the bias."""
-    tiles: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < WIDTH)
-    sums = tl.load(x + row * stride + column, mask=mask, other=0).to(tl.float32)
+    tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (row < rows) & (cols < WIDTH)
+    sums = tl.load(x + row * stride_row + cols, mask=mask, other=0).to(tl.float32)
     if BIAS:
-        sums += tl.load(bias + column, mask=column < WIDTH, other=0).to(tl.float32)
+        sums += tl.load(bias + cols, mask=cols < WIDTH, other=0).to(tl.float32)
     activated, _ = _activate(sums, True, x.dtype.element_ty == tl.float32)
-    tl.store(y + row * WIDTH + column, activated.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * WIDTH + cols, rounded(activated, y.dtype.element_ty), mask=mask)
 
 
 @jit_counting("rows")
-def _bias_gelu_backward_kernel(grad, x, bias, grad_x, partial, rows, grad_stride, stride, WIDTH: tl.constexpr,
-                               BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _bias_gelu_backward_kernel(grad, x, bias, grad_x, partial, rows, stride_grad, stride_row, WIDTH: tl.constexpr,
+                               BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Every so many rows of a block of columns: d_x, and their sum, one row of `partial` [programs, WIDTH]."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < WIDTH
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < WIDTH
     if BIAS:
-        added = tl.load(bias + column, mask=mask, other=0).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+        added = tl.load(bias + cols, mask=mask, other=0).to(tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
     for number in range(tl.program_id(1), rows, tl.num_programs(1)):
         row = tl.cast(number, tl.int64)
-        sums = tl.load(x + row * stride + column, mask=mask, other=0).to(tl.float32)
-        g = tl.load(grad + row * grad_stride + column, mask=mask, other=0).to(tl.float32)
+        sums = tl.load(x + row * stride_row + cols, mask=mask, other=0).to(tl.float32)
+        g = tl.load(grad + row * stride_grad + cols, mask=mask, other=0).to(tl.float32)
         if BIAS:
             sums += added
         _, slope = _activate(sums, True, x.dtype.element_ty == tl.float32)
         product = g * slope
-        tl.store(grad_x + row * WIDTH + column, product.to(grad_x.dtype.element_ty), mask=mask)
+        tl.store(grad_x + row * WIDTH + cols, rounded(product, grad_x.dtype.element_ty), mask=mask)
         total += product
     if BIAS:
-        tl.store(partial + tl.program_id(1).to(tl.int64) * WIDTH + column, total, mask=mask)
+        tl.store(partial + tl.program_id(1).to(tl.int64) * WIDTH + cols, total, mask=mask)
 
 
 # The launchers.
 
-BYTES = 2048
-"""What a block, 4 warps, takes of a row of each tensor: 1,024 elements of bf16, 16 bytes a thread. So few registers are
-needed that 8 to 16 blocks fit on a multiprocessor, and 32 KB and more are on their way from memory: an H100's latency
-asks for 21 (4 TB/s times 0.7 us over 132). Models' widths are multiples of 1,024 or a little less than one."""
+# What a block, 4 warps, takes of a row of each tensor: 1,024 elements of bf16, 16 bytes a thread. So few registers are
+# needed that 8 to 16 blocks fit on a multiprocessor, and 32 KB and more are on their way from memory: an H100's latency
+# asks for 21 (4 TB/s times 0.7 us over 132). Models' widths are multiples of 1,024 or a little less than one.
+BLOCK_BYTES = 2048
+WARP_BYTES = 512
+# Rows of a program of bias + GELU, which share what is read of the bias.
+BIAS_GELU_M = 2
+# Programs a multiprocessor has of its backward pass, where 48 to 58 registers let 8 to 10 in: one wave, however many
+# rows there are, so that few sums of the bias are left to be added.
+BIAS_GELU_BACKWARD_PROGRAMS = 8
 
 
-def _block(width: int, dtype: torch.dtype) -> dict[str, int]:
-    block = min(BYTES // dtype.itemsize, power_of_two(width))
-    return {"BLOCK": block, "num_warps": max(1, block * dtype.itemsize // 512)}
+def row_tile(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """BLOCK_N of a row and num_warps."""
+    block = min(BLOCK_BYTES // dtype.itemsize, power_of_two(width))
+    return {"BLOCK_N": block, "num_warps": max(1, block * dtype.itemsize // WARP_BYTES)}
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -180,8 +192,8 @@ def glu_launch(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     y = gate_up.new_empty(*gate_up.shape[:-1], ffn)
     if y.numel():
         flat = as_rows(gate_up)
-        tile = _block(ffn, gate_up.dtype)
-        _glu_kernel[(len(flat) * cdiv(ffn, tile["BLOCK"]),)](flat, y, flat.stride(0), FFN=ffn,
+        tile = row_tile(ffn, gate_up.dtype)
+        _glu_kernel[(len(flat) * cdiv(ffn, tile["BLOCK_N"]),)](flat, y, flat.stride(0), FFN=ffn,
                                                              GELU=activation == "gelu", **tile)
     return y
 
@@ -192,8 +204,8 @@ def glu_backward_launch(grad: torch.Tensor, gate_up: torch.Tensor, activation: s
     both = gate_up.new_empty(gate_up.shape)
     if both.numel():
         g, flat = as_rows(grad), as_rows(gate_up)
-        tile = _block(ffn, gate_up.dtype)
-        _glu_backward_kernel[(len(flat) * cdiv(ffn, tile["BLOCK"]),)](
+        tile = row_tile(ffn, gate_up.dtype)
+        _glu_backward_kernel[(len(flat) * cdiv(ffn, tile["BLOCK_N"]),)](
             g, flat, both, g.stride(0), flat.stride(0), FFN=ffn, GELU=activation == "gelu", **tile)
     return both
 
@@ -205,10 +217,10 @@ def bias_gelu_launch(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor
     y = x.new_empty(x.shape)
     if y.numel():
         flat = as_rows(x)
-        tile = _block(width, x.dtype)
-        programs = cdiv(len(flat), 2) * cdiv(width, tile["BLOCK"])
+        tile = row_tile(width, x.dtype)
+        programs = cdiv(len(flat), BIAS_GELU_M) * cdiv(width, tile["BLOCK_N"])
         _bias_gelu_kernel[(programs,)](flat, x if bias is None else bias.contiguous(), y, len(flat), flat.stride(0),
-                                       WIDTH=width, BIAS=bias is not None, ROWS=2, **tile)
+                                       WIDTH=width, BIAS=bias is not None, BLOCK_M=BIAS_GELU_M, **tile)
     return y
 
 
@@ -220,10 +232,9 @@ def bias_gelu_backward_launch(grad: torch.Tensor, x: torch.Tensor,
     if not grad_x.numel():
         return grad_x, x.new_zeros(0 if bias is None else width, dtype=torch.float32)
     g, flat = as_rows(grad), as_rows(x)
-    tile = _block(width, x.dtype)
-    columns = cdiv(width, tile["BLOCK"])
-    # One wave, however many rows there are: 8 blocks a multiprocessor, where 48 to 58 registers let 8 to 10 in.
-    chunks = min(cdiv(8 * processors(x.device), columns), len(flat))
+    tile = row_tile(width, x.dtype)
+    columns = cdiv(width, tile["BLOCK_N"])
+    chunks = min(cdiv(BIAS_GELU_BACKWARD_PROGRAMS * processors(x.device), columns), len(flat))
     partial = x.new_empty(chunks if bias is not None else 0, width, dtype=torch.float32)
     _bias_gelu_backward_kernel[(columns, chunks)](
         g, flat, x if bias is None else bias.contiguous(), grad_x, partial, len(flat), g.stride(0), flat.stride(0),

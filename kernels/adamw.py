@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.language import cdiv, jit, tl
+from engine.kernels.language import cdiv, jit, rounded, tl
 
-BLOCK = 1024
-WARPS = 4
+BLOCK_N = 1024
+NUM_WARPS = 4
 """A thread has 8 elements of each buffer: two loads of 16 bytes from each of four are in flight, and its 56 registers
 leave room for 9 such blocks on a multiprocessor: 147 KB are under way, several times bandwidth times latency."""
+
+LARGEST = tl.constexpr(3.4e38)
+"""A little less than the largest number of fp32."""
 
 
 def adamw_(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, *, step: int,
@@ -63,41 +66,41 @@ def reference(parameter: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor
 
 @jit
 def adamw_kernel(master, grad, exp_avg, exp_avg_sq, out, control, length, take1, take2, decay, rate, unbias2, eps,
-                 OUT: tl.constexpr, BLOCK: tl.constexpr):
+                 OUT: tl.constexpr, BLOCK_N: tl.constexpr):
     """One block of all buffers. Whole blocks go unmasked: a mask by a length that is no multiple of 4 would cut their
     accesses to single elements."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = tl.program_id(0).to(tl.int64) * BLOCK_N
     scale = tl.load(control).to(tl.float32)
     if tl.load(control + 1) != 0.0:
         return
-    if start + BLOCK <= length:
+    if start + BLOCK_N <= length:
         _update(master, grad, exp_avg, exp_avg_sq, out, start, length, scale, take1, take2, decay, rate, unbias2, eps,
-                OUT, False, BLOCK)
+                OUT, False, BLOCK_N)
     else:
         _update(master, grad, exp_avg, exp_avg_sq, out, start, length, scale, take1, take2, decay, rate, unbias2, eps,
-                OUT, True, BLOCK)
+                OUT, True, BLOCK_N)
 
 
 @jit
 def _update(master, grad, exp_avg, exp_avg_sq, out, start, length, scale, take1, take2, decay, rate, unbias2, eps,
-            OUT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+            OUT: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     """take = 1 - beta: x + take (new - x) has no drift, where beta and 1 - beta rounded to fp32 do not sum to 1."""
-    at = start + tl.arange(0, BLOCK)
-    mask = at < length if MASKED else None
-    g = tl.load(grad + at, mask=mask).to(tl.float32) * scale
-    m = tl.load(exp_avg + at, mask=mask)
-    v = tl.load(exp_avg_sq + at, mask=mask)
-    p = tl.load(master + at, mask=mask)
+    offs = start + tl.arange(0, BLOCK_N)
+    mask = offs < length if MASKED else None
+    g = tl.load(grad + offs, mask=mask).to(tl.float32) * scale
+    m = tl.load(exp_avg + offs, mask=mask)
+    v = tl.load(exp_avg_sq + offs, mask=mask)
+    p = tl.load(master + offs, mask=mask)
     m = m + (g - m) * take1
-    v = v + (tl.minimum(g * g, 3.4e38) - v) * take2  # an infinite v would never come down again
+    v = v + (tl.minimum(g * g, LARGEST) - v) * take2  # an infinite v would never come down again
     p = p - p * decay - rate * (m / (tl.sqrt(v) * unbias2 + eps))
-    tl.store(exp_avg + at, m, mask=mask)
-    tl.store(exp_avg_sq + at, v, mask=mask)
-    tl.store(master + at, p, mask=mask)
+    tl.store(exp_avg + offs, m, mask=mask)
+    tl.store(exp_avg_sq + offs, v, mask=mask)
+    tl.store(master + offs, p, mask=mask)
     if OUT:
         # Said to be contiguous by 4 only: a thread would store 8 of a 16-bit dtype at once, and to match it all other
         # stores would be turned over in shared memory. A warp's 256 bytes are whole sectors either way.
-        tl.store(out + tl.max_contiguous(at, 4), p.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + tl.max_contiguous(offs, 4), rounded(p, out.dtype.element_ty), mask=mask)
 
 
 def launch(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
@@ -113,10 +116,10 @@ def launch(master: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_
     if length == 0:
         return
     # Corrections in double, then fp32: 1 - beta2^t of small t would lose digits otherwise.
-    adamw_kernel[(cdiv(length, BLOCK),)](
+    adamw_kernel[(cdiv(length, BLOCK_N),)](
         master, grad, exp_avg, exp_avg_sq, master if out is None else out, control, length, 1.0 - beta1, 1.0 - beta2,
         float(lr * weight_decay), lr / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5, float(eps),
-        OUT=out is not None, BLOCK=BLOCK, num_warps=WARPS)
+        OUT=out is not None, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS)
 
 
 @torch.library.custom_op("triax::adamw_", mutates_args=("master", "exp_avg", "exp_avg_sq", "out"))

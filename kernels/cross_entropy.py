@@ -8,22 +8,17 @@ they exist once.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from engine.kernels.language import cdiv, jit, jit_counting, narrow, power_of_two, tl
-from engine.kernels.norm import wide
+from engine.kernels.language import LOWEST, cdiv, exp, jit, jit_counting, power_of_two, rounded, tl, wide
 
 IGNORE = -100
 """Label of a token that is not supervised."""
 
 
 _IGNORE = tl.constexpr(IGNORE)
-_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-"""The maximum of nothing. A number, not -inf, of which differences are numbers or -inf, and powers 0."""
-_LOG2E = tl.constexpr(math.log2(math.e))
 
 
 class Reducer(Protocol):
@@ -101,13 +96,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 @jit
-def _exp(x):
-    """e^x. As a power of two, its subnormal results 0, it is one instruction of the special unit and not four: with 1e9
-    logits that decides whether they are read at memory's rate."""
-    return tl.exp2(x * _LOG2E)
-
-
-@jit
 def _loss(top, total, label_logit, supervised, z_loss):
     """The loss of rows; `label_logit` is relative to `top`. A row without any logit, of total 0, has none."""
     alive = supervised & (total != 0)
@@ -117,7 +105,7 @@ def _loss(top, total, label_logit, supervised, z_loss):
 
 
 @jit_counting("tokens")
-def _statistics_kernel(logits, row_stride, labels, tops, sums, losses, tokens, columns, limit, first, z_loss,
+def _statistics_kernel(logits, stride_row, labels, tops, sums, losses, tokens, columns, limit, first, z_loss,
                        LANES: tl.constexpr, DEPTH: tl.constexpr, ALONE: tl.constexpr):
     """One row: its maximum, the sum of exponentials relative to it and the label's logit, reading it once.
 
@@ -128,21 +116,21 @@ def _statistics_kernel(logits, row_stride, labels, tops, sums, losses, tokens, c
     row = tl.num_programs(0) - 1 - tl.program_id(0)
     label = tl.load(labels + row)
     supervised = label != _IGNORE
-    logits += row.to(tl.int64) * row_stride
+    logits += row.to(tl.int64) * stride_row
     column = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     # Loads end at the columns in memory, often a multiple of 16, so that they stay wide; the vocabulary's end is not.
     held = tl.where(supervised, columns, 0)
     seen = tl.where(supervised, limit, 0)
-    top = tl.full([LANES], _LOWEST, tl.float32)
+    top = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     for start in range(0, limit, LANES * DEPTH):
         x = tl.load(logits + start + column, mask=start + column < held, other=0.0).to(tl.float32)
         x = tl.where(start + column < seen, x, float("-inf"))
         higher = tl.maximum(top, tl.max(x, 0))
-        total = total * _exp(top - higher) + tl.sum(_exp(x - higher[None, :]), 0)
+        total = total * exp(top - higher) + tl.sum(exp(x - higher[None, :]), 0)
         top = higher
     highest = tl.max(top, 0)
-    total = tl.sum(total * _exp(top - highest), 0)
+    total = tl.sum(total * exp(top - highest), 0)
     local = label - first
     here = supervised & (local >= 0) & (local < limit)
     label_logit = tl.load(logits + local, mask=here, other=0.0).to(tl.float32)
@@ -155,23 +143,23 @@ def _statistics_kernel(logits, row_stride, labels, tops, sums, losses, tokens, c
 
 
 @jit_counting("tokens")
-def _rebase_kernel(own, tops, sums, labels, tokens, limit, first, BLOCK: tl.constexpr):
+def _rebase_kernel(own, tops, sums, labels, tokens, limit, first, BLOCK_M: tl.constexpr):
     """Makes a rank's sums and label's logits relative to the maximum over all ranks."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < tokens
     top = tl.load(tops + row, mask=inside, other=0.0)
     total = tl.load(sums + row, mask=inside, other=0.0)
     label_logit = tl.load(sums + tokens + row, mask=inside, other=0.0)
     label = tl.load(labels + row, mask=inside, other=_IGNORE)
     here = (label != _IGNORE) & (label >= first) & (label - first < limit)
-    tl.store(sums + row, total * _exp(tl.load(own + row, mask=inside, other=0.0) - top), mask=inside)
+    tl.store(sums + row, total * exp(tl.load(own + row, mask=inside, other=0.0) - top), mask=inside)
     tl.store(sums + tokens + row, tl.where(here, label_logit - top, 0.0), mask=inside)
 
 
 @jit_counting("tokens")
-def _loss_kernel(tops, sums, labels, losses, tokens, z_loss, BLOCK: tl.constexpr):
+def _loss_kernel(tops, sums, labels, losses, tokens, z_loss, BLOCK_M: tl.constexpr):
     """The losses from the statistics over all ranks."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < tokens
     supervised = tl.load(labels + row, mask=inside, other=_IGNORE) != _IGNORE
     loss = _loss(tl.load(tops + row, mask=inside, other=0.0), tl.load(sums + row, mask=inside, other=0.0),
@@ -180,36 +168,43 @@ def _loss_kernel(tops, sums, labels, losses, tokens, z_loss, BLOCK: tl.constexpr
 
 
 @jit
-def _gradient_kernel(logits, row_stride, labels, tops, sums, grads, grad_stride, scale, columns, limit, first, z_loss,
-                     BLOCK: tl.constexpr):
+def _gradient_kernel(logits, stride_row, labels, tops, sums, grads, stride_grads, scale, columns, limit, first, z_loss,
+                     BLOCK_N: tl.constexpr):
     """A block of a row of logits becomes its gradient, in fp32 until it is stored."""
-    blocks = tl.cdiv(columns, BLOCK)
+    blocks = tl.cdiv(columns, BLOCK_N)
     row = tl.program_id(0) // blocks
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     label, top, total = tl.load(labels + row), tl.load(tops + row), tl.load(sums + row)
     alive = (label != _IGNORE) & (total != 0)
     total = tl.where(alive, total, 1.0)
     grad = tl.cast(scale, tl.float32)
     if grads is not None:
-        grad *= tl.load(grads + row.to(tl.int64) * grad_stride).to(tl.float32)
+        grad *= tl.load(grads + row.to(tl.int64) * stride_grads).to(tl.float32)
     factor = grad / total * (1 + 2 * z_loss * (top + tl.log(total)))
     local = (label - first).to(tl.int32)
-    logits += row.to(tl.int64) * row_stride + column
+    logits += row.to(tl.int64) * stride_row + column
     x = tl.load(logits, mask=column < tl.where(alive, columns, 0), other=float("-inf")).to(tl.float32)
-    d = _exp(x - top) * factor - tl.where(column == local, grad, 0.0)
+    d = exp(x - top) * factor - tl.where(column == local, grad, 0.0)
     d = tl.where(column < tl.where(alive, limit, 0), d, 0.0)
-    tl.store(logits, narrow(d, logits), mask=column < columns)
+    tl.store(logits, rounded(d, logits.dtype.element_ty), mask=column < columns)
 
 
-def _lanes(columns: int) -> tuple[int, int, int]:
-    """LANES, DEPTH and warps of the statistics.
+# Columns at most -> LANES, DEPTH and num_warps of the statistics; wider rows are read in steps of the last line's. A
+# thread holds 32 logits in four loads of 16 bytes (bf16). Four warps a row: 8,192 tokens, or a chunk of 1,024, are rows
+# enough to fill 132 multiprocessors with 8 blocks each, so a row's columns are not split over programs, which would
+# cost a second launch; and few warps wait little for each other at a row's end.
+STATISTICS_TILES = ((512, (None, 1, 1)), (1024, (1024, 1, 4)), (2048, (1024, 2, 4)), (4096, (1024, 4, 4)))
+# The gradient's BLOCK_N, 32 logits a thread again, and what a warp has of it.
+GRADIENT_N = 4096
+GRADIENT_WARP = 1024
+# Tokens of a program of the kernels that add up ranks: a number or two each, so any size does.
+REDUCTION_M = 1024
 
-    A thread holds 32 logits in four loads of 16 bytes (bf16). Four warps a row: 8,192 tokens, or a chunk of 1,024, are
-    rows enough to fill 132 multiprocessors with 8 blocks each, so a row's columns are not split over programs, which
-    would cost a second launch; and few warps wait little for each other at a row's end.
-    """
-    lanes = min(1024, power_of_two(columns))
-    return lanes, min(4, power_of_two(cdiv(columns, lanes))), 4 if lanes == 1024 else 1
+
+def _statistics_tile(columns: int) -> dict[str, int]:
+    """What STATISTICS_TILES says for a rank's columns; None there is the power of two that holds them."""
+    lanes, depth, warps = next((tile for most, tile in STATISTICS_TILES if columns <= most), STATISTICS_TILES[-1][1])
+    return {"LANES": lanes or power_of_two(columns), "DEPTH": depth, "num_warps": warps}
 
 
 def _rows_in_place(logits: torch.Tensor) -> torch.Tensor:
@@ -231,10 +226,9 @@ def launch_statistics(logits: torch.Tensor, labels: torch.Tensor, first: int, vo
     losses, tops = (logits.new_empty(tokens, dtype=torch.float32) for _ in range(2))
     sums = logits.new_empty(2, tokens, dtype=torch.float32)
     if tokens:
-        lanes, depth, warps = _lanes(columns)
         _statistics_kernel[(tokens,)](
             logits, logits.stride(0), labels.contiguous(), tops, sums, losses, tokens, columns,
-            _limit(columns, first, vocab), first, z_loss, LANES=lanes, DEPTH=depth, ALONE=alone, num_warps=warps)
+            _limit(columns, first, vocab), first, z_loss, ALONE=alone, **_statistics_tile(columns))
     return losses, tops, sums
 
 
@@ -245,10 +239,11 @@ def launch_gradient_(logits: torch.Tensor, labels: torch.Tensor, tops: torch.Ten
     tokens, columns = logits.shape
     if not tokens:
         return
-    block = min(4096, power_of_two(columns))  # 32 logits a thread, as above: 4 loads of 16 bytes under way each
+    block = min(GRADIENT_N, power_of_two(columns))
     _gradient_kernel[(tokens * cdiv(columns, block),)](
         logits, logits.stride(0), labels.contiguous(), tops, sums, grads, 0 if grads is None else grads.stride(0),
-        scale, columns, _limit(columns, first, vocab), first, z_loss, BLOCK=block, num_warps=max(1, block // 1024))
+        scale, columns, _limit(columns, first, vocab), first, z_loss, BLOCK_N=block,
+        num_warps=max(1, block // GRADIENT_WARP))
 
 
 def launch_reduction(tops: torch.Tensor, sums: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, columns: int,
@@ -257,11 +252,11 @@ def launch_reduction(tops: torch.Tensor, sums: torch.Tensor, labels: torch.Tenso
     tokens = labels.shape[0]
     if not tokens:
         return
-    own, labels, grid = tops.clone(), labels.contiguous(), (cdiv(tokens, 1024),)
+    own, labels, grid = tops.clone(), labels.contiguous(), (cdiv(tokens, REDUCTION_M),)
     group.all_reduce_(tops, "max")
-    _rebase_kernel[grid](own, tops, sums, labels, tokens, _limit(columns, first, vocab), first, BLOCK=1024)
+    _rebase_kernel[grid](own, tops, sums, labels, tokens, _limit(columns, first, vocab), first, BLOCK_M=REDUCTION_M)
     group.all_reduce_(sums)
-    _loss_kernel[grid](tops, sums, labels, losses, tokens, z_loss, BLOCK=1024)
+    _loss_kernel[grid](tops, sums, labels, losses, tokens, z_loss, BLOCK_M=REDUCTION_M)
 
 
 statistics = torch.library.custom_op("triax::cross_entropy_statistics", launch_statistics, mutates_args=())

@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 
-from engine.kernels.activation import as_rows, check_bias
-from engine.kernels.language import cdiv, jit, jit_counting, power_of_two, processors, tl
-from engine.kernels.norm import wide
+from engine.kernels.activation import as_rows, check_bias, row_tile
+from engine.kernels.language import cdiv, jit, jit_counting, processors, rounded, tl, wide
 
 WORDS = 4
 """Numbers Philox-4x32 makes from one value of its counter."""
 LOW = 0xFFFFFFFF
+ROUNDS = 10
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85
+"""What the two keys grow by from round to round."""
 
 
 # The reference, in torch.
@@ -38,10 +41,10 @@ def philox(seed: int, counters: torch.Tensor) -> torch.Tensor:
     """
     words = [counters & LOW, counters >> 32 & LOW, torch.zeros_like(counters), torch.zeros_like(counters)]
     keys = [seed & LOW, seed >> 32 & LOW]
-    for _ in range(10):
-        even, odd = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+    for _ in range(ROUNDS):
+        even, odd = words[0] * MULTIPLIERS[0], words[2] * MULTIPLIERS[1]
         words = [odd >> 32 & LOW ^ words[1] ^ keys[0], odd & LOW, even >> 32 & LOW ^ words[3] ^ keys[1], even & LOW]
-        keys = [keys[0] + 0x9E3779B9 & LOW, keys[1] + 0xBB67AE85 & LOW]
+        keys = [keys[0] + WEYL[0] & LOW, keys[1] + WEYL[1] & LOW]
     return torch.stack(words, 1)
 
 
@@ -83,6 +86,10 @@ class _BiasDropoutAdd(torch.autograd.Function):
 
 # The kernels.
 
+_ROUNDS = tl.constexpr(ROUNDS)
+_M0, _M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
+_W0, _W1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
+
 
 @jit
 def _philox(seed, counter):
@@ -97,31 +104,31 @@ def _philox(seed, counter):
     d = tl.zeros_like(a)
     low = tl.cast(seed, tl.uint32)
     high = tl.cast(tl.cast(seed, tl.int64) >> 32, tl.uint32)
-    for _ in tl.static_range(10):
-        even = a.to(tl.uint64) * 0xD2511F53
-        odd = c.to(tl.uint64) * 0xCD9E8D57
+    for _ in tl.static_range(_ROUNDS):
+        even = a.to(tl.uint64) * _M0
+        odd = c.to(tl.uint64) * _M1
         a = (odd >> 32).to(tl.uint32) ^ b ^ low
         b = odd.to(tl.uint32)
         c = (even >> 32).to(tl.uint32) ^ d ^ high
         d = even.to(tl.uint32)
-        low += 0x9E3779B9
-        high += 0xBB67AE85
+        low += _W0
+        high += _W1
     return a, b, c, d
 
 
 @jit
-def _kept(row, column, seed, offset, threshold, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
-    """Whether elements (row int64, column) are kept.
+def _kept(row, cols, seed, offset, threshold, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """Whether elements (row int64, cols) are kept.
 
     Each asks for the words of its own counter. Where rows begin with a counter's first word (ALIGNED), the compiler
     sees that four neighbours, which one thread holds, ask for the same, and draws them once. Put together from the four
     words, the mask would be moved between threads.
     """
     if ALIGNED:
-        counter = (tl.cast(offset, tl.int64) >> 2) + row * (WIDTH // 4) + (column >> 2)
-        word = column & 3
+        counter = (tl.cast(offset, tl.int64) >> 2) + row * (WIDTH // 4) + (cols >> 2)
+        word = cols & 3
     else:
-        number = tl.cast(offset, tl.int64) + row * WIDTH + column
+        number = tl.cast(offset, tl.int64) + row * WIDTH + cols
         counter = number >> 2
         word = number & 3
     a, b, c, d = _philox(seed, counter)
@@ -129,59 +136,64 @@ def _kept(row, column, seed, offset, threshold, WIDTH: tl.constexpr, ALIGNED: tl
 
 
 @jit_counting("rows", "seed", "offset", "threshold")
-def _bias_dropout_kernel(x, bias, residual, y, rows, x_stride, residual_stride, seed: tl.int64, offset: tl.int64,
+def _bias_dropout_kernel(x, bias, residual, y, rows, stride_x, stride_residual, seed: tl.int64, offset: tl.int64,
                          threshold: tl.uint32, scale, WIDTH: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
-                         ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                         ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile of y; its rows share what is read of the bias."""
-    tiles: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < WIDTH)
-    value = tl.load(x + row * x_stride + column, mask=mask, other=0).to(tl.float32)
-    rest = tl.load(residual + row * residual_stride + column, mask=mask, other=0).to(tl.float32)
+    tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (row < rows) & (cols < WIDTH)
+    value = tl.load(x + row * stride_x + cols, mask=mask, other=0).to(tl.float32)
+    rest = tl.load(residual + row * stride_residual + cols, mask=mask, other=0).to(tl.float32)
     if BIAS:
-        value += tl.load(bias + column, mask=column < WIDTH, other=0).to(tl.float32)
+        value += tl.load(bias + cols, mask=cols < WIDTH, other=0).to(tl.float32)
     if DROP:
-        kept = _kept(row, column, seed, offset, threshold, WIDTH, ALIGNED)
+        kept = _kept(row, cols, seed, offset, threshold, WIDTH, ALIGNED)
         rest += tl.where(kept, value, 0.0) * scale
     else:
         rest += value
-    tl.store(y + row * WIDTH + column, rest.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * WIDTH + cols, rounded(rest, y.dtype.element_ty), mask=mask)
 
 
 @jit_counting("rows", "seed", "offset", "threshold")
-def _bias_dropout_backward_kernel(grad, grad_x, partial, rows, stride, seed: tl.int64, offset: tl.int64,
+def _bias_dropout_backward_kernel(grad, grad_x, partial, rows, stride_row, seed: tl.int64, offset: tl.int64,
                                   threshold: tl.uint32, scale, WIDTH: tl.constexpr, BIAS: tl.constexpr,
-                                  ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                                  ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Every so many rows of a block of columns: d_x, and their sum, one row of `partial` [programs, WIDTH]."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = column < WIDTH
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
-        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    inside = cols < WIDTH
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(tl.program_id(1) * BLOCK_M, rows, tl.num_programs(1) * BLOCK_M):
+        row = (first + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
         mask = (row < rows) & inside
-        g = tl.load(grad + row * stride + column, mask=mask, other=0).to(tl.float32)
-        kept = _kept(row, column, seed, offset, threshold, WIDTH, ALIGNED)
+        g = tl.load(grad + row * stride_row + cols, mask=mask, other=0).to(tl.float32)
+        kept = _kept(row, cols, seed, offset, threshold, WIDTH, ALIGNED)
         product = tl.where(kept, g, 0.0) * scale
-        tl.store(grad_x + row * WIDTH + column, product.to(grad_x.dtype.element_ty), mask=mask)
+        tl.store(grad_x + row * WIDTH + cols, rounded(product, grad_x.dtype.element_ty), mask=mask)
         total += product
     if BIAS:
-        at = partial + tl.program_id(1).to(tl.int64) * WIDTH + column
-        tl.store(at, tl.sum(total, 0)[None, :], mask=inside)
+        sums = partial + tl.program_id(1).to(tl.int64) * WIDTH + cols
+        tl.store(sums, tl.sum(total, 0)[None, :], mask=inside)
 
 
 # The launchers.
 
 
-def _options(width: int, dtype: torch.dtype, p: float, seed: int, offset: int) -> dict[str, Any]:
-    """What both kernels take: the random numbers' part, and a block of 2 KB of a row, or less, by 4 warps.
+# Rows of a program. Forward, two rows by 4 warps: the bias is read half as often, and 46 registers a thread let 10
+# blocks on a multiprocessor; where neighbours share no counter a row fills the registers. Backward, four rows by 16
+# warps, whose sums meet in shared memory: partial sums of each 4 warps would be 6 % of the traffic.
+FORWARD_M, FORWARD_M_UNALIGNED = 2, 1
+BACKWARD_M, BACKWARD_WARPS = 4, 4
+# Programs a multiprocessor has backward, as 40 registers a thread let in: one wave, however many rows there are.
+BACKWARD_PROGRAMS = 3
 
-    16 bytes a thread: it then holds all elements of a counter (4 elements of fp32, 8 of others).
-    """
-    block = min(2048 // dtype.itemsize, power_of_two(width))
+
+def _options(width: int, dtype: torch.dtype, p: float, seed: int, offset: int) -> dict[str, Any]:
+    """What both kernels take: the random numbers' part, and a block of a row, in which a thread holds all elements of a
+    counter (4 elements of fp32, 8 of others)."""
     return {"seed": seed, "offset": offset, "threshold": below(p), "scale": 1 / (1 - p), "WIDTH": width,
-            "ALIGNED": width % WORDS == 0 and offset % WORDS == 0, "BLOCK": block,
-            "num_warps": max(1, block * dtype.itemsize // 512)}
+            "ALIGNED": width % WORDS == 0 and offset % WORDS == 0, **row_tile(width, dtype)}
 
 
 def bias_dropout_add_launch(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, seed: int,
@@ -194,12 +206,10 @@ def bias_dropout_add_launch(x: torch.Tensor, bias: torch.Tensor | None, residual
         return y
     flat, rest = as_rows(x), as_rows(residual)
     options = _options(width, x.dtype, p, seed, offset)
-    # Two rows by 4 warps: the bias is read half as often, and 46 registers a thread let 10 blocks on a multiprocessor.
-    # Where neighbours share no counter a row fills the registers.
-    rows = 2 if options["ALIGNED"] else 1
-    _bias_dropout_kernel[(cdiv(len(flat), rows) * cdiv(width, options["BLOCK"]),)](
+    rows = FORWARD_M if options["ALIGNED"] else FORWARD_M_UNALIGNED
+    _bias_dropout_kernel[(cdiv(len(flat), rows) * cdiv(width, options["BLOCK_N"]),)](
         flat, x if bias is None else bias.contiguous(), rest, y, len(flat), flat.stride(0), rest.stride(0),
-        BIAS=bias is not None, DROP=p > 0, ROWS=rows, **options)
+        BIAS=bias is not None, DROP=p > 0, BLOCK_M=rows, **options)
     return y
 
 
@@ -211,15 +221,13 @@ def bias_dropout_backward_launch(grad: torch.Tensor, p: float, seed: int, offset
     if grad_x.numel() == 0:
         return grad_x, grad.new_zeros(width if sums else 0, dtype=torch.float32)
     flat = as_rows(grad)
-    # Four rows by 16 warps, whose sums meet in shared memory: partial sums of each 4 warps would be 6 % of the traffic.
-    # One wave, however many rows there are: 3 blocks a multiprocessor, as 40 registers a thread let in.
     options = _options(width, grad.dtype, p, seed, offset)
-    columns = cdiv(width, options["BLOCK"])
-    chunks = min(cdiv(3 * processors(grad.device), columns), cdiv(len(flat), 4))
+    columns = cdiv(width, options["BLOCK_N"])
+    chunks = min(cdiv(BACKWARD_PROGRAMS * processors(grad.device), columns), cdiv(len(flat), BACKWARD_M))
     partial = grad.new_empty(chunks if sums else 0, width, dtype=torch.float32)
-    options["num_warps"] *= 4
+    options["num_warps"] *= BACKWARD_WARPS
     _bias_dropout_backward_kernel[(columns, chunks)](flat, grad_x, partial, len(flat), flat.stride(0), BIAS=sums,
-                                                     ROWS=4, **options)
+                                                     BLOCK_M=BACKWARD_M, **options)
     return grad_x, partial.sum(0) if sums else grad.new_empty(0, dtype=torch.float32)
 
 

@@ -15,7 +15,7 @@ import torch
 from engine.kernels.language import jit, tl
 
 RUN = 8192
-WARPS = 8
+NUM_WARPS = 8
 """A thread loads 32 elements, in 8 accesses of 16 bytes, and its 48 registers leave room for 5 such blocks on a
 multiprocessor: 160 KB are under way. An A100, H100 or H200 widens 16 fp32 numbers to float64 a clock and
 multiprocessor, and memory brings 3 to 5: squares in float64 cost no time there."""
@@ -35,19 +35,19 @@ def sum_of_squares(tensors: Sequence[torch.Tensor], *, by: str = "torch") -> tor
 
 
 @jit
-def squares_kernel(runs, partials, ELEMENT: tl.constexpr, RUN: tl.constexpr):
+def squares_kernel(runs, partials, ELEMENT: tl.constexpr, BLOCK_N: tl.constexpr):
     """partials[program] = sum of squares of the run at runs[program, 0], of runs[program, 1] elements."""
     program = tl.program_id(0)
     count = tl.load(runs + 2 * program + 1)
     run = tl.load(runs + 2 * program).to(tl.pointer_type(ELEMENT))
-    at = tl.arange(0, RUN)
+    offs = tl.arange(0, BLOCK_N)
     # A whole run begins at a multiple of 16 bytes and goes unmasked: a mask by a count of unknown divisors would cut
     # its accesses to single elements.
-    if count == RUN:
-        x = tl.load(tl.multiple_of(run, 16) + at).to(tl.float64)
+    if count == BLOCK_N:
+        x = tl.load(tl.multiple_of(run, 16) + offs).to(tl.float64)
         tl.store(partials + program, tl.sum(x * x))
     else:
-        x = tl.load(run + at, mask=at < count, other=0.0).to(tl.float64)
+        x = tl.load(run + offs, mask=offs < count, other=0.0).to(tl.float64)
         tl.store(partials + program, tl.sum(x * x))
 
 
@@ -62,7 +62,7 @@ def launch(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if len(runs):
             partials.append(torch.empty(len(runs), dtype=torch.float64, device=device))
             element = getattr(tl, str(dtype).removeprefix("torch."))
-            squares_kernel[(len(runs),)](runs, partials[-1], ELEMENT=element, RUN=RUN, num_warps=WARPS)
+            squares_kernel[(len(runs),)](runs, partials[-1], ELEMENT=element, BLOCK_N=RUN, num_warps=NUM_WARPS)
     if not partials:
         return torch.zeros((), dtype=torch.float64, device=device)
     return (partials[0] if len(partials) == 1 else torch.cat(partials)).sum()

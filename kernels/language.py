@@ -6,6 +6,7 @@ alone. Under TRITON_INTERPRET=1, set before these files are imported, kernels ru
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -52,6 +53,13 @@ SHARED_MEMORY = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448, 1
 """Bytes of shared memory a block may ask for, by architecture; Triton's compiler does not check it."""
 
 
+LOG2E = tl.constexpr(math.log2(math.e))
+"""e^x = 2^(x LOG2E): powers of two are what the special unit computes."""
+LN2 = tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+"""The maximum of nothing. A number, not -inf, of which differences are numbers or -inf, and powers 0."""
+
+
 @jit
 def dot(a, b, acc):
     """acc + a b, accumulated in fp32; fp32 operands are never cut to tf32.
@@ -67,7 +75,7 @@ def dot(a, b, acc):
 
 @jit
 def rounded(x, dtype: tl.constexpr):
-    """fp32 in a dtype, rounded to nearest even.
+    """fp32 in a dtype, rounded to nearest even as torch does: every kernel stores through this.
 
     The interpreter cuts the lower bits of bf16 off, so they are rounded away first.
     """
@@ -78,9 +86,9 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @jit
-def narrow(x, like):
-    """fp32 in the dtype that `like` points at, rounded to nearest even."""
-    return rounded(x, like.dtype.element_ty)
+def exp(x):
+    """e^x. As a power of two, its subnormal results 0, it is one instruction of the special unit and not four."""
+    return tl.exp2(x * LOG2E)
 
 
 def jit_counting(*counts: str) -> Callable[..., Any]:
@@ -122,6 +130,11 @@ def _capability(index: int) -> int:
 @lru_cache
 def _processors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics are computed in: fp64 stays, everything else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cdiv(a: int, b: int) -> int:

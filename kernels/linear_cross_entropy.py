@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.kernels.cross_entropy import Reducer, fused_rows, gradient_, reference_gradient_, reference_rows
-from engine.kernels.norm import wide
+from engine.kernels.language import wide
 
 AddWeightGrad = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Takes a chunk's gradient D [chunk, columns] and x [chunk, hidden]; adds D^T x to the weight's gradient. The third is

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.language import cdiv, jit_counting, power_of_two, tl
-from engine.kernels.norm import wide
+from engine.kernels.language import cdiv, jit_counting, power_of_two, rounded, tl, wide
 
 
 def rope_table(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -61,50 +60,59 @@ class _RopeSplit(torch.autograd.Function):
 
 
 @jit_counting("seq")
-def _rope_kernel(q, k, v, y, cos, sin, seq, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
-                 y_batch, y_seq, y_head, dim, SIGN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-                 VALUES: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of heads of one token: those of q and k turned, those of v copied, into y, side by side.
+def _rope_kernel(q, k, v, y, cos, sin, seq, q_strides, k_strides, v_strides, y_strides, stride_dim, SIGN: tl.constexpr,
+                 HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, HEADS_V: tl.constexpr, HALF: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """BLOCK_M heads of one token: those of q and k turned, those of v copied, into y, side by side. Strides are those
+    of (batch, seq, head).
 
     Each head's address is chosen among the three sources, so that tiles are full whatever the three counts: one kv head
     a rank is common.
     """
-    tiles: tl.constexpr = (QUERIES + KEYS + VALUES + HEADS - 1) // HEADS
+    tiles: tl.constexpr = (HEADS_Q + HEADS_K + HEADS_V + BLOCK_M - 1) // BLOCK_M
     token = tl.program_id(0) // tiles
-    batch, place = (token // seq).to(tl.int64), (token % seq).to(tl.int64)
-    head = (tl.program_id(0) % tiles * HEADS + tl.arange(0, HEADS))[:, None]
+    batch, position = (token // seq).to(tl.int64), (token % seq).to(tl.int64)
+    head = (tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     wide_head = head.to(tl.int64)
-    i = tl.arange(0, BLOCK)[None, :]
-    # Chosen between whole tiles of addresses: chosen before `i` is added, Triton 3.9 no longer sees that a thread's are
-    # neighbours, and loads them one by one.
-    source = q + batch * q_batch + place * q_seq + wide_head * q_head + i * dim
-    if KEYS > 0:
-        key = k + batch * k_batch + place * k_seq + (wide_head - QUERIES) * k_head + i * dim
-        source = tl.where(head < QUERIES, source, key)
-    if VALUES > 0:
-        value = v + batch * v_batch + place * v_seq + (wide_head - QUERIES - KEYS) * v_head + i * dim
-        source = tl.where(head < QUERIES + KEYS, source, value)
-    mask = (head < QUERIES + KEYS + VALUES) & (i < HALF)
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    # Chosen between whole tiles of addresses: chosen before `cols` is added, Triton 3.9 no longer sees that a thread's
+    # are neighbours, and loads them one by one.
+    source = q + batch * q_strides[0] + position * q_strides[1] + wide_head * q_strides[2] + cols * stride_dim
+    if HEADS_K > 0:
+        key = (k + batch * k_strides[0] + position * k_strides[1] + (wide_head - HEADS_Q) * k_strides[2]
+               + cols * stride_dim)
+        source = tl.where(head < HEADS_Q, source, key)
+    if HEADS_V > 0:
+        value = (v + batch * v_strides[0] + position * v_strides[1] + (wide_head - HEADS_Q - HEADS_K) * v_strides[2]
+                 + cols * stride_dim)
+        source = tl.where(head < HEADS_Q + HEADS_K, source, value)
+    mask = (head < HEADS_Q + HEADS_K + HEADS_V) & (cols < HALF)
     a = tl.load(source, mask=mask, other=0).to(tl.float32)
-    b = tl.load(source + HALF * dim, mask=mask, other=0).to(tl.float32)
-    c = tl.load(cos + place * HALF + i, mask=i < HALF, other=0).to(tl.float32)
-    s = tl.load(sin + place * HALF + i, mask=i < HALF, other=0).to(tl.float32) * SIGN
+    b = tl.load(source + HALF * stride_dim, mask=mask, other=0).to(tl.float32)
+    c = tl.load(cos + position * HALF + cols, mask=cols < HALF, other=0).to(tl.float32)
+    s = tl.load(sin + position * HALF + cols, mask=cols < HALF, other=0).to(tl.float32) * SIGN
     first, second = a * c - b * s, b * c + a * s
-    if VALUES > 0:
-        turned = head < QUERIES + KEYS
+    if HEADS_V > 0:
+        turned = head < HEADS_Q + HEADS_K
         first, second = tl.where(turned, first, a), tl.where(turned, second, b)
-    target = y + batch * y_batch + place * y_seq + wide_head * y_head + i * dim
-    tl.store(target, first.to(y.dtype.element_ty), mask=mask)
-    tl.store(target + HALF * dim, second.to(y.dtype.element_ty), mask=mask)
+    target = y + batch * y_strides[0] + position * y_strides[1] + wide_head * y_strides[2] + cols * stride_dim
+    tl.store(target, rounded(first, y.dtype.element_ty), mask=mask)
+    tl.store(target + HALF * stride_dim, rounded(second, y.dtype.element_ty), mask=mask)
+
+
+# A tile is at most 1,024 pairs of elements by 4 warps: a thread loads 8 neighbours of each half, 16 bytes of bf16 at a
+# time, and so few registers are needed that 12 to 16 blocks, 32 bytes a thread in flight, fit on a multiprocessor of
+# either architecture. Smaller tiles pay the table's loads and the launch of a block more often.
+TILE_PAIRS = 1024
+WARP_PAIRS = 256
 
 
 def _tile(heads: int, half: int) -> dict[str, int]:
-    """A tile is at most 1,024 pairs of elements by 4 warps: a thread loads 8 neighbours of each half, 16 bytes of bf16
-    at a time, and so few registers are needed that 12 to 16 blocks, 32 bytes a thread in flight, fit on a
-    multiprocessor of either architecture. Smaller tiles pay the table's loads and the launch of a block more often."""
+    """What is compiled for that many heads of 2 half columns."""
     block = power_of_two(half)
-    heads = min(power_of_two(heads), max(1, 1024 // block))
-    return {"HALF": half, "HEADS": heads, "BLOCK": block, "num_warps": max(1, min(4, heads * block // 256))}
+    heads = min(power_of_two(heads), max(1, TILE_PAIRS // block))
+    return {"HALF": half, "BLOCK_M": heads, "BLOCK_N": block,
+            "num_warps": max(1, min(TILE_PAIRS, heads * block) // WARP_PAIRS)}
 
 
 def rope_launch(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned: int) -> None:
@@ -116,10 +124,10 @@ def rope_launch(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned:
     if qkv.numel() == 0 or turned == 0:
         return
     tile = _tile(turned, head_dim // 2)
-    strides, dim = qkv.stride()[:3], qkv.stride(3)
-    _rope_kernel[(batch * seq * cdiv(turned, tile["HEADS"]),)](
-        qkv, qkv, qkv, qkv, cos.contiguous(), sin.contiguous(), seq, *strides, 0, 0, 0, 0, 0, 0, *strides, dim, SIGN=1,
-        QUERIES=turned, KEYS=0, VALUES=0, **tile)
+    strides, none = qkv.stride()[:3], (0, 0, 0)
+    _rope_kernel[(batch * seq * cdiv(turned, tile["BLOCK_M"]),)](
+        qkv, qkv, qkv, qkv, cos.contiguous(), sin.contiguous(), seq, strides, none, none, strides, qkv.stride(3),
+        SIGN=1, HEADS_Q=turned, HEADS_K=0, HEADS_V=0, **tile)
 
 
 def rope_backward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor,
@@ -134,10 +142,10 @@ def rope_backward_launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos:
     tile = _tile(heads + 2 * kv_heads, head_dim // 2)
     # The elements of a head must be neighbours: a gradient that is not so is rare (a sum's, expanded) and copied.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    strides = [x.stride(i) for x in (q, k, v) for i in (0, 2, 1)]
-    _rope_kernel[(batch * seq * cdiv(heads + 2 * kv_heads, tile["HEADS"]),)](
-        q, k, v, grad, cos.contiguous(), sin.contiguous(), seq, *strides, *grad.stride()[:3], 1, SIGN=-1,
-        QUERIES=heads, KEYS=kv_heads, VALUES=kv_heads, **tile)
+    strides = [tuple(x.stride(i) for i in (0, 2, 1)) for x in (q, k, v)]
+    _rope_kernel[(batch * seq * cdiv(heads + 2 * kv_heads, tile["BLOCK_M"]),)](
+        q, k, v, grad, cos.contiguous(), sin.contiguous(), seq, *strides, grad.stride()[:3], 1, SIGN=-1, HEADS_Q=heads,
+        HEADS_K=kv_heads, HEADS_V=kv_heads, **tile)
     return grad
 
 

@@ -7,13 +7,11 @@ Statistics are fp32 (fp64 for fp64 input); the result, which alone is kept, has 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from engine.kernels.language import arch, cdiv, jit, jit_counting, narrow, power_of_two, tl
-from engine.kernels.norm import wide
+from engine.kernels.language import LOWEST, arch, cdiv, exp, jit, jit_counting, power_of_two, rounded, tl, wide
 
 
 def _seen(scores: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor | None:
@@ -50,14 +48,9 @@ class _Softmax(torch.autograd.Function):
         return product.addcmul_(y.to(kind), mean, value=-1).mul_(ctx.scale).to(y.dtype), None, None, None
 
 
-_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-"""The maximum of a row that sees nothing: a number, so that -inf minus it is one, and its exponential 0."""
-_LOG2E = tl.constexpr(math.log2(math.e))
-
-
 @jit
 def _starts(row, heads, queries, strides):
-    """Where rows begin [ROWS, 1], int64; rows are counted over batch, heads and queries, `strides` are theirs."""
+    """Where rows begin [BLOCK_M, 1], int64; rows are counted over batch, heads and queries, `strides` are theirs."""
     query, head, batch = row % queries, row // queries % heads, row // queries // heads
     start = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + query.to(tl.int64) * strides[2]
     return start[:, None]
@@ -65,7 +58,7 @@ def _starts(row, heads, queries, strides):
 
 @jit
 def _ends(row, count, queries, keys, CAUSAL: tl.constexpr):
-    """How many keys each row looks at [ROWS, 1]; those below zero, and those of rows that are not there, at none."""
+    """How many keys each row looks at [BLOCK_M, 1]; those below zero, and those of rows that are not there, at none."""
     end = tl.zeros_like(row) + keys
     if CAUSAL:
         end += row % queries + 1 - queries
@@ -73,26 +66,20 @@ def _ends(row, count, queries, keys, CAUSAL: tl.constexpr):
 
 
 @jit
-def _load(x, start, column, end, keys):
-    """x at start + column up to `end`, 0 beyond. The bound is rounded up, so that loads stay 16 bytes wide."""
-    wanted = (column < (end + 15) // 16 * 16) & (column < keys)
-    return tl.load(x + start + column, mask=wanted, other=0)
+def _load(x, start, cols, end, keys):
+    """x at start + cols up to `end`, 0 beyond. The bound is rounded up, so that loads stay 16 bytes wide."""
+    wanted = (cols < (end + 15) // 16 * 16) & (cols < keys)
+    return tl.load(x + start + cols, mask=wanted, other=0)
 
 
 @jit
-def _logits(scores, mask, scale, start, mask_start, column, end, keys):
+def _logits(scores, mask, scale, start, mask_start, cols, end, keys):
     """scale * scores + mask of a tile."""
-    x = _load(scores, start, column, end, keys).to(tl.float32) * scale
-    x = tl.where(column < end, x, float("-inf"))
+    x = _load(scores, start, cols, end, keys).to(tl.float32) * scale
+    x = tl.where(cols < end, x, float("-inf"))
     if mask is not None:
-        x = tl.where(_load(mask, mask_start, column, end, keys) != 0, x, float("-inf"))
+        x = tl.where(_load(mask, mask_start, cols, end, keys) != 0, x, float("-inf"))
     return x
-
-
-@jit
-def _exp(x):
-    """e^x: as a power of two, its subnormal results 0, it is one instruction of the special unit and not four."""
-    return tl.exp2(x * _LOG2E)
 
 
 @jit
@@ -103,9 +90,9 @@ def _inverse(total):
 
 @jit_counting("count")
 def _forward_kernel(scores, mask, y, heads, queries, keys, score_strides, mask_strides, count, scale,
-                    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    """ROWS rows: WHOLE ones in one tile, or in steps of BLOCK keys, once for the sum and once for the result."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+                    CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr):
+    """BLOCK_M rows: WHOLE ones in one tile, or in steps of BLOCK_N keys, once for the sum and once for the result."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start = _starts(row, heads, queries, score_strides)
     mask_start = start
     if mask is not None:
@@ -113,72 +100,85 @@ def _forward_kernel(scores, mask, y, heads, queries, keys, score_strides, mask_s
     end = _ends(row, count, queries, keys, CAUSAL)
     inside = (row < count)[:, None]
     y += row.to(tl.int64)[:, None] * keys
-    column = tl.arange(0, BLOCK)[None, :]
+    cols = tl.arange(0, BLOCK_N)[None, :]
     if WHOLE:
-        x = _logits(scores, mask, scale, start, mask_start, column, end, keys)
-        e = _exp(x - tl.maximum(tl.max(x, 1), _LOWEST)[:, None])
-        tl.store(y + column, narrow(e * _inverse(tl.sum(e, 1))[:, None], y), mask=inside & (column < keys))
+        x = _logits(scores, mask, scale, start, mask_start, cols, end, keys)
+        e = exp(x - tl.maximum(tl.max(x, 1), LOWEST)[:, None])
+        p = e * _inverse(tl.sum(e, 1))[:, None]
+        tl.store(y + cols, rounded(p, y.dtype.element_ty), mask=inside & (cols < keys))
     else:
-        top = tl.full([ROWS], _LOWEST, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        for first in range(0, keys, BLOCK):
-            x = _logits(scores, mask, scale, start, mask_start, first + column, end, keys)
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for first in range(0, keys, BLOCK_N):
+            x = _logits(scores, mask, scale, start, mask_start, first + cols, end, keys)
             higher = tl.maximum(top, tl.max(x, 1))
-            total = total * _exp(top - higher) + tl.sum(_exp(x - higher[:, None]), 1)
+            total = total * exp(top - higher) + tl.sum(exp(x - higher[:, None]), 1)
             top = higher
         inverse = _inverse(total)
-        for first in range(0, keys, BLOCK):
-            x = _logits(scores, mask, scale, start, mask_start, first + column, end, keys)
-            e = _exp(x - top[:, None]) * inverse[:, None]
-            tl.store(y + first + column, narrow(e, y), mask=inside & (first + column < keys))
+        for first in range(0, keys, BLOCK_N):
+            x = _logits(scores, mask, scale, start, mask_start, first + cols, end, keys)
+            e = exp(x - top[:, None]) * inverse[:, None]
+            tl.store(y + first + cols, rounded(e, y.dtype.element_ty), mask=inside & (first + cols < keys))
 
 
 @jit_counting("count")
 def _backward_kernel(grad, y, out, heads, queries, keys, grad_strides, count, scale,
-                     CAUSAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    """The gradient of ROWS rows of scores, in the same steps. Keys beyond the diagonal are not read."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+                     CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr):
+    """The gradient of BLOCK_M rows of scores, in the same steps. Keys beyond the diagonal are not read."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start = _starts(row, heads, queries, grad_strides)
     end = _ends(row, count, queries, keys, CAUSAL)
     inside = (row < count)[:, None]
     y_start = row.to(tl.int64)[:, None] * keys
-    column = tl.arange(0, BLOCK)[None, :]
+    cols = tl.arange(0, BLOCK_N)[None, :]
     if WHOLE:
-        p = _load(y, y_start, column, end, keys).to(tl.float32)
-        g = _load(grad, start, column, end, keys).to(tl.float32)
+        p = _load(y, y_start, cols, end, keys).to(tl.float32)
+        g = _load(grad, start, cols, end, keys).to(tl.float32)
         d = p * (g - tl.sum(p * g, 1)[:, None]) * scale
-        tl.store(out + y_start + column, narrow(d, out), mask=inside & (column < keys))
+        tl.store(out + y_start + cols, rounded(d, out.dtype.element_ty), mask=inside & (cols < keys))
     else:
-        mean = tl.zeros([ROWS], tl.float32)
-        for first in range(0, keys, BLOCK):
-            p = _load(y, y_start, first + column, end, keys).to(tl.float32)
-            mean += tl.sum(p * _load(grad, start, first + column, end, keys).to(tl.float32), 1)
-        for first in range(0, keys, BLOCK):
-            p = _load(y, y_start, first + column, end, keys).to(tl.float32)
-            g = _load(grad, start, first + column, end, keys).to(tl.float32)
+        mean = tl.zeros([BLOCK_M], tl.float32)
+        for first in range(0, keys, BLOCK_N):
+            p = _load(y, y_start, first + cols, end, keys).to(tl.float32)
+            mean += tl.sum(p * _load(grad, start, first + cols, end, keys).to(tl.float32), 1)
+        for first in range(0, keys, BLOCK_N):
+            p = _load(y, y_start, first + cols, end, keys).to(tl.float32)
+            g = _load(grad, start, first + cols, end, keys).to(tl.float32)
             d = p * (g - mean[:, None]) * scale
-            tl.store(out + y_start + first + column, narrow(d, out), mask=inside & (first + column < keys))
+            tl.store(out + y_start + first + cols, rounded(d, out.dtype.element_ty),
+                     mask=inside & (first + cols < keys))
 
 
-WIDEST = 16384
-"""Keys of a row that one tile holds: 32 a thread of 16 warps. Longer rows are read twice, the second time from L2."""
+# Keys at most -> num_warps. A row has one tile, BLOCK_N the power of two that holds it; short ones are taken together,
+# BLOCK_M rows, to 2,048 keys. A thread has 32 keys, in four loads of 16 bytes (bf16), and a program at least two warps.
+# At the 50 to 80 registers this takes, 24 warps or more are on a multiprocessor, each with 2 KiB under way: 48 KiB,
+# where memory's rate times its latency asks for 26. Held to 64 registers for more warps, the backward kernel spills. A
+# row of 16,384 keys has a multiprocessor to itself in the backward pass (16 warps, 80 registers): the slowest case.
+TILES = ((2048, 2), (4096, 4), (8192, 8), (16384, 16))
+TILE_KEYS = 2048
+WIDEST = TILES[-1][0]
+"""Keys of a row that one tile holds."""
+STEP_N, STEP_WARPS = 8192, 8
+"""A longer row is read twice in steps of STEP_N keys, the second time from L2."""
+INTERPRETED_KEYS = 16384
+"""Interpreted, a program costs about as much whatever its size."""
+
+
+def _tile(keys: int, device: torch.device) -> dict[str, Any]:
+    """What is compiled for rows of `keys`."""
+    block, warps = next(((power_of_two(keys), warps) for most, warps in TILES if keys <= most), (STEP_N, STEP_WARPS))
+    together = TILE_KEYS if arch(device) else INTERPRETED_KEYS
+    return {"BLOCK_M": max(1, together // block), "BLOCK_N": block, "WHOLE": keys <= WIDEST, "num_warps": warps}
 
 
 def _launch(kernel: Any, arguments: tuple[Any, ...], strides: tuple[Any, ...], out: torch.Tensor, scale: float,
             causal: bool) -> None:
-    """A thread has 32 keys, in four loads of 16 bytes (bf16), and a program at least two warps. At the 50 to 80
-    registers this takes, 24 warps or more are on a multiprocessor, each with 2 KiB under way: 48 KiB, where memory's
-    rate times its latency asks for 26. Held to 64 registers for more warps, the backward kernel spills. A row of 16,384
-    keys has a multiprocessor to itself in the backward pass (16 warps, 80 registers): the slowest case."""
     batch, heads, queries, keys = out.shape
     if not out.numel():
         return
-    block = min(power_of_two(keys), WIDEST if keys <= WIDEST else WIDEST // 2)
-    count, tile = batch * heads * queries, 2048 if arch(out.device) else WIDEST  # interpreted, a program costs most
-    rows = max(1, tile // block)
-    kernel[(cdiv(count, rows),)](
-        *arguments, out, heads, queries, keys, *strides, count, scale, CAUSAL=causal, BLOCK=block, ROWS=rows,
-        WHOLE=keys <= WIDEST, num_warps=max(2, rows * block // 1024) if arch(out.device) else 4)
+    count, tile = batch * heads * queries, _tile(keys, out.device)
+    kernel[(cdiv(count, tile["BLOCK_M"]),)](
+        *arguments, out, heads, queries, keys, *strides, count, scale, CAUSAL=causal, **tile)
 
 
 def launch_forward(scores: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:

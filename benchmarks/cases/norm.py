@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch._functorch import config as functorch
 
 from cases.base import FEW, TOKENS, Build, Case, Run
-from engine.kernels.norm import apex_norm, backward, forward
+from engine.kernels.norm import apex_norm
+from engine.kernels.norm.backward import backward
+from engine.kernels.norm.forward import forward
 
 EPS = 1e-5
 Shape = tuple[int, ...]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from engine.comm.comm import Pending
-from engine.kernels.norm import wide
+from engine.kernels.language import wide
 from engine.parallel.collectives import Group
 from engine.parallel.gradients import collect
 from engine.parallel.sharding import Piece, pieces, shard_of

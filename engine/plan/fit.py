@@ -11,7 +11,7 @@ from engine.config import Layout, RunConfig, check
 from engine.config.presets import title
 from engine.config.recompute import FULL, SELECTIVE, read_recompute
 from engine.errors import UserError
-from engine.kernels.norm import wide
+from engine.kernels.language import wide
 from engine.plan.capacity import Capacity, gpu_that_holds
 from engine.plan.estimate import Plan, estimate
 from engine.plan.recompute import with_recompute

@@ -12,210 +12,211 @@ exponentials, which it does not depend on, and dv, dk and dq until the next scor
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from engine.kernels.attention.bounds import block_range, edge_block, keys_of, queries_of, schedule
+from engine.kernels.attention.bounds import block_range, edge_block, key_range, query_range, schedule
 from engine.kernels.attention.tiles import (
     L2_BYTES,
     Tiles,
+    block_d,
     describe,
     head_of,
     load_tile,
+    source,
     store_tile,
     tiles_for,
-    width_of,
 )
-from engine.kernels.language import cdiv, dot, jit, jit_counting, processors, rounded, tl
+from engine.kernels.language import LOG2E, cdiv, dot, jit, jit_counting, processors, rounded, tl
 
-LOG2_E = 1.4426950408889634
-ROWS = 128
-"""Rows of a program of the statistics kernel, and what statistics are padded to: no tile of queries is longer, so that
-they are loaded without masks."""
+PREPROCESS_M = 128
+"""Rows of a program of the preprocessing kernel, and what statistics are padded to: no tile of queries is longer, so
+that they are loaded without masks."""
 
 
-@jit_counting("heads", "seq")
-def _statistics(y, dy, lse, dlse, top, delta, y_batch, y_head, y_row, dy_batch, dy_head, dy_row, heads, seq,
-                D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LSE: tl.constexpr):
+@jit_counting("heads", "seq_q")
+def _attn_bwd_preprocess(y, dy, lse, dlse, lse2, delta, y_strides, dy_strides, heads, seq_q, HEAD_DIM: tl.constexpr,
+                         BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, LSE: tl.constexpr):
     """delta, and lse in units of log 2, +inf where a query sees nothing: its probabilities come out as exp(-inf)."""
     item = tl.program_id(1)
     batch = item // heads
     head = item % heads
-    row = tl.program_id(0) * ROWS
-    out = load_tile(head_of(y, batch, head, y_batch, y_head, False), batch, head, row, seq, y_row, D, WIDTH, ROWS, True,
-                    False)
-    grad = load_tile(head_of(dy, batch, head, dy_batch, dy_head, False), batch, head, row, seq, dy_row, D, WIDTH, ROWS,
-                     True, False)
-    rows = row + tl.arange(0, ROWS)
-    at = item.to(tl.int64) * seq + rows
-    value = tl.load(lse + at, mask=rows < seq, other=float("-inf"))
-    value = tl.where(value == float("-inf"), float("inf"), value * 1.4426950408889634)
-    product = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    start_m = tl.program_id(0) * BLOCK_M
+    y_tile = load_tile(head_of(y, batch, head, y_strides, False), batch, head, start_m, seq_q, y_strides, HEAD_DIM,
+                       BLOCK_D, BLOCK_M, True, False)
+    dy_tile = load_tile(head_of(dy, batch, head, dy_strides, False), batch, head, start_m, seq_q, dy_strides, HEAD_DIM,
+                        BLOCK_D, BLOCK_M, True, False)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs = item.to(tl.int64) * seq_q + offs_m
+    value = tl.load(lse + offs, mask=offs_m < seq_q, other=float("-inf"))
+    value = tl.where(value == float("-inf"), float("inf"), value * LOG2E)
+    product = tl.sum(y_tile.to(tl.float32) * dy_tile.to(tl.float32), 1)
     if LSE:
-        product -= tl.load(dlse + at, mask=rows < seq, other=0.0)
-    at = item.to(tl.int64) * (tl.num_programs(0) * ROWS) + rows
-    tl.store(top + at, value)
-    tl.store(delta + at, product)
+        product -= tl.load(dlse + offs, mask=offs_m < seq_q, other=0.0)
+    offs = item.to(tl.int64) * (tl.num_programs(0) * BLOCK_M) + offs_m
+    tl.store(lse2 + offs, value)
+    tl.store(delta + offs, product)
 
 
 @jit
-def _load_statistic(x, item, row, length, ROWS: tl.constexpr, DESCRIBED: tl.constexpr):
-    """[ROWS] of an item's `length` numbers."""
+def _load_statistic(x, item, start_m, length, BLOCK_M: tl.constexpr, DESCRIBED: tl.constexpr):
+    """[BLOCK_M] of an item's `length` numbers."""
     if DESCRIBED:
-        return x.load([item, row]).reshape(ROWS)
+        return x.load([item, start_m]).reshape(BLOCK_M)
     else:
-        return tl.load(x + item.to(tl.int64) * length + row + tl.arange(0, ROWS))
+        return tl.load(x + item.to(tl.int64) * length + start_m + tl.arange(0, BLOCK_M))
 
 
 @jit
-def _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_batch, q_head, q_row, dy_batch, dy_head,
-                  dy_row, batch, head, item, turns, begin, whole, broken, stop, key, seq, keys, window, start, end,
-                  length, scale, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr,
-                  WINDOW: tl.constexpr, PACKED: tl.constexpr, EDGE: tl.constexpr, DESCRIBED: tl.constexpr,
-                  DK: tl.constexpr, DV: tl.constexpr):
-    """Adds what `turns` heads from `head` on give to the keys from `key` on, by the edges (EDGE) or by what is seen
+def _dkdv_blocks(dk_acc, dv_acc, k_tile, v_tile, q, dy, lse2, delta, q_strides, dy_strides, batch, head, item, turns,
+                 m_min, full_min, full_max, m_max, start_n, seq_q, seq_k, window, start, end, length, scale2,
+                 HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
+                 WINDOW: tl.constexpr, PACKED: tl.constexpr, EDGE: tl.constexpr, DESCRIBED: tl.constexpr,
+                 DK: tl.constexpr, DV: tl.constexpr):
+    """Adds what `turns` heads from `head` on give to the keys from `start_n` on, by the edges (EDGE) or by what is seen
     whole.
 
     The turns and blocks are one loop, so that the pipeline is filled once. `item` is head's place in statistics.
     """
-    count = (stop - broken + whole - begin) if EDGE else (broken - whole)
+    count = (m_max - full_max + full_min - m_min) if EDGE else (full_max - full_min)
     for index in range(0, turns * count):
         turn = index // count
-        block = index % count
-        row = (edge_block(block, begin, whole, broken) if EDGE else whole + block) * QUERIES
-        queries = load_tile(head_of(q, batch, head + turn, q_batch, q_head, DESCRIBED), batch, head + turn, row, seq,
-                            q_row, D, WIDTH, QUERIES, EDGE, DESCRIBED)
-        s = dot(keys_tile, tl.trans(queries), tl.zeros([keys_tile.shape[0], QUERIES], tl.float32))
-        grad = load_tile(head_of(dy, batch, head + turn, dy_batch, dy_head, DESCRIBED), batch, head + turn, row, seq,
-                         dy_row, D, WIDTH, QUERIES, EDGE, DESCRIBED)
-        highest = _load_statistic(top, item + turn, row, length, QUERIES, DESCRIBED)
+        m = index % count
+        start_m = (edge_block(m, m_min, full_min, full_max) if EDGE else full_min + m) * BLOCK_M
+        q_tile = load_tile(head_of(q, batch, head + turn, q_strides, DESCRIBED), batch, head + turn, start_m, seq_q,
+                           q_strides, HEAD_DIM, BLOCK_D, BLOCK_M, EDGE, DESCRIBED)
+        s = dot(k_tile, tl.trans(q_tile), tl.zeros([k_tile.shape[0], BLOCK_M], tl.float32))
+        dy_tile = load_tile(head_of(dy, batch, head + turn, dy_strides, DESCRIBED), batch, head + turn, start_m, seq_q,
+                            dy_strides, HEAD_DIM, BLOCK_D, BLOCK_M, EDGE, DESCRIBED)
+        row_lse = _load_statistic(lse2, item + turn, start_m, length, BLOCK_M, DESCRIBED)
         if DK:
-            dp = dot(values_tile, tl.trans(grad), tl.zeros([keys_tile.shape[0], QUERIES], tl.float32))
-        p = tl.exp2(s * scale - highest[None, :])
+            dp = dot(v_tile, tl.trans(dy_tile), tl.zeros([k_tile.shape[0], BLOCK_M], tl.float32))
+        p = tl.exp2(s * scale2 - row_lse[None, :])
         if EDGE:
             # Made anew for each of the few blocks at an edge: held through the loop they would be registers too many.
-            at = tl.minimum(key + tl.arange(0, keys_tile.shape[0]), keys - 1)
-            first, last = queries_of(at, seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
-            rows = row + tl.arange(0, QUERIES)
-            seen = rows[None, :] >= first[:, None]
+            offs_n = tl.minimum(start_n + tl.arange(0, k_tile.shape[0]), seq_k - 1)
+            first, last = query_range(offs_n, seq_q, seq_k, window, start, end, CAUSAL, WINDOW, PACKED)
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            seen = offs_m[None, :] >= first[:, None]
             if WINDOW or PACKED:
-                seen = seen & (rows[None, :] <= last[:, None])
+                seen = seen & (offs_m[None, :] <= last[:, None])
             p = tl.where(seen, p, 0.0)
         # Both operands are made before either product begins: registers that a product reads may not be written while
         # another runs, or the assembler lets each one finish before the next.
         if DK:
-            mean = _load_statistic(delta, item + turn, row, length, QUERIES, DESCRIBED)
-            ds = rounded(p * (dp - mean[None, :]), queries.dtype)
+            row_delta = _load_statistic(delta, item + turn, start_m, length, BLOCK_M, DESCRIBED)
+            ds = rounded(p * (dp - row_delta[None, :]), q_tile.dtype)
         if DV:
-            dv_acc = dot(rounded(p, grad.dtype), grad, dv_acc)
+            dv_acc = dot(rounded(p, dy_tile.dtype), dy_tile, dv_acc)
         if DK:
-            dk_acc = dot(ds, queries, dk_acc)
+            dk_acc = dot(ds, q_tile, dk_acc)
     return dk_acc, dv_acc
 
 
-@jit_counting("kv_heads", "group", "splits", "items", "seq", "length", "keys", "window", "section")
-def _backward_keys(q, k, v, dy, top, delta, dk, dv, start, end, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch,
-                   v_head, v_row, dy_batch, dy_head, dy_row, d_split, d_batch, d_head, d_row, kv_heads, group, splits,
-                   items, seq, length, keys, window, section, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr,
-                   QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-                   PACKED: tl.constexpr, DESCRIBED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
-    item, block = schedule(tl.program_id(0), items, tl.cdiv(keys, KEYS), section, False)
+@jit_counting("kv_heads", "group", "splits", "items", "seq_q", "length", "seq_k", "window", "section")
+def _attn_bwd_dkdv(q, k, v, dy, lse2, delta, dk, dv, start, end, q_strides, k_strides, v_strides, dy_strides, d_split,
+                   d_strides, kv_heads, group, splits, items, seq_q, length, seq_k, window, section, scale2, scale,
+                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, DESCRIBED: tl.constexpr,
+                   DK: tl.constexpr, DV: tl.constexpr):
+    """dk and dv of BLOCK_N keys; strides are those of (batch, head, row), d_strides those of dk and of dv."""
+    item, block = schedule(tl.program_id(0), items, tl.cdiv(seq_k, BLOCK_N), section, False)
     split = item % splits
     batch = item // splits // kv_heads
     kv_head = item // splits % kv_heads
-    key = block * KEYS
+    start_n = block * BLOCK_N
     if PACKED:
-        start += batch * seq
-        end += batch * seq
-    low_first, high_first = queries_of(key, seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
-    low_last, high_last = queries_of(tl.minimum(key + KEYS, keys) - 1, seq, keys, window, start, end, CAUSAL, WINDOW,
-                                     PACKED)
-    begin, whole, broken, stop = block_range(low_first, low_last, high_first, high_last, QUERIES)
+        start += batch * seq_q
+        end += batch * seq_q
+    low_first, high_first = query_range(start_n, seq_q, seq_k, window, start, end, CAUSAL, WINDOW, PACKED)
+    low_last, high_last = query_range(tl.minimum(start_n + BLOCK_N, seq_k) - 1, seq_q, seq_k, window, start, end,
+                                      CAUSAL, WINDOW, PACKED)
+    m_min, full_min, full_max, m_max = block_range(low_first, low_last, high_first, high_last, BLOCK_M)
 
-    keys_tile = load_tile(head_of(k, batch, kv_head, k_batch, k_head, DESCRIBED), batch, kv_head, key, keys, k_row, D,
-                          WIDTH, KEYS, True, DESCRIBED)
-    values_tile = keys_tile
+    k_tile = load_tile(head_of(k, batch, kv_head, k_strides, DESCRIBED), batch, kv_head, start_n, seq_k, k_strides,
+                       HEAD_DIM, BLOCK_D, BLOCK_N, True, DESCRIBED)
+    v_tile = k_tile
     if DK:
-        values_tile = load_tile(head_of(v, batch, kv_head, v_batch, v_head, DESCRIBED), batch, kv_head, key, keys,
-                                v_row, D, WIDTH, KEYS, True, DESCRIBED)
-    dk_acc = tl.zeros([KEYS, WIDTH if DK else 16], tl.float32)
-    dv_acc = tl.zeros([KEYS, WIDTH if DV else 16], tl.float32)
+        v_tile = load_tile(head_of(v, batch, kv_head, v_strides, DESCRIBED), batch, kv_head, start_n, seq_k, v_strides,
+                           HEAD_DIM, BLOCK_D, BLOCK_N, True, DESCRIBED)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D if DK else 16], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D if DV else 16], tl.float32)
     turns = group // splits
     head = kv_head * group + split * turns
-    row_of_head = batch * kv_heads * group + head
-    dk_acc, dv_acc = _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_batch, q_head, q_row,
-                                   dy_batch, dy_head, dy_row, batch, head, row_of_head, turns, begin, whole, broken,
-                                   stop, key, seq, keys, window, start, end, length, scale2, D, WIDTH, QUERIES, CAUSAL,
-                                   WINDOW, PACKED, True, DESCRIBED, DK, DV)
-    dk_acc, dv_acc = _query_blocks(dk_acc, dv_acc, keys_tile, values_tile, q, dy, top, delta, q_batch, q_head, q_row,
-                                   dy_batch, dy_head, dy_row, batch, head, row_of_head, turns, begin, whole, broken,
-                                   stop, key, seq, keys, window, start, end, length, scale2, D, WIDTH, QUERIES, CAUSAL,
-                                   WINDOW, PACKED, False, DESCRIBED, DK, DV)
+    first_item = batch * kv_heads * group + head
+    for part in tl.static_range(2):  # the edges, then what is seen whole
+        dk_acc, dv_acc = _dkdv_blocks(dk_acc, dv_acc, k_tile, v_tile, q, dy, lse2, delta, q_strides, dy_strides, batch,
+                                      head, first_item, turns, m_min, full_min, full_max, m_max, start_n, seq_q, seq_k,
+                                      window, start, end, length, scale2, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, WINDOW,
+                                      PACKED, part == 0, DESCRIBED, DK, DV)
     offset = split.to(tl.int64) * d_split
     if DK:
-        store_tile(head_of(dk + offset, batch, kv_head, d_batch, d_head, False), key, keys, d_row, dk_acc * scale, D,
-                   WIDTH, KEYS)
+        store_tile(head_of(dk + offset, batch, kv_head, d_strides, False), start_n, seq_k, d_strides, dk_acc * scale,
+                   HEAD_DIM, BLOCK_D, BLOCK_N)
     if DV:
-        store_tile(head_of(dv + offset, batch, kv_head, d_batch, d_head, False), key, keys, d_row, dv_acc, D, WIDTH,
-                   KEYS)
+        store_tile(head_of(dv + offset, batch, kv_head, d_strides, False), start_n, seq_k, d_strides, dv_acc, HEAD_DIM,
+                   BLOCK_D, BLOCK_N)
 
 
 @jit
-def _key_blocks(acc, queries, grad, highest, mean, k, v, k_row, v_row, batch, head, begin, whole, broken, stop, first,
-                last, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
-                DESCRIBED: tl.constexpr):
+def _dq_blocks(dq_acc, q_tile, dy_tile, row_lse, row_delta, k, v, k_strides, v_strides, batch, kv_head, n_min, full_min,
+               full_max, n_max, key_first, key_last, seq_k, scale2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_N: tl.constexpr, EDGE: tl.constexpr, DESCRIBED: tl.constexpr):
     """Adds what blocks of keys give to dq, by the edges (EDGE) or by what is seen whole."""
-    for index in range(0, (stop - broken + whole - begin) if EDGE else (broken - whole)):
-        row = (edge_block(index, begin, whole, broken) if EDGE else whole + index) * KEYS
-        keys_tile = load_tile(k, batch, head, row, keys, k_row, D, WIDTH, KEYS, EDGE, DESCRIBED)
-        s = dot(queries, tl.trans(keys_tile), tl.zeros([queries.shape[0], KEYS], tl.float32))
-        values = load_tile(v, batch, head, row, keys, v_row, D, WIDTH, KEYS, EDGE, DESCRIBED)
-        dp = dot(grad, tl.trans(values), tl.zeros([queries.shape[0], KEYS], tl.float32))
-        p = tl.exp2(s * scale - highest[:, None])
+    for index in range(0, (n_max - full_max + full_min - n_min) if EDGE else (full_max - full_min)):
+        start_n = (edge_block(index, n_min, full_min, full_max) if EDGE else full_min + index) * BLOCK_N
+        k_tile = load_tile(k, batch, kv_head, start_n, seq_k, k_strides, HEAD_DIM, BLOCK_D, BLOCK_N, EDGE, DESCRIBED)
+        s = dot(q_tile, tl.trans(k_tile), tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32))
+        v_tile = load_tile(v, batch, kv_head, start_n, seq_k, v_strides, HEAD_DIM, BLOCK_D, BLOCK_N, EDGE, DESCRIBED)
+        dp = dot(dy_tile, tl.trans(v_tile), tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32))
+        p = tl.exp2(s * scale2 - row_lse[:, None])
         if EDGE:
-            at = row + tl.arange(0, KEYS)
-            p = tl.where((at[None, :] >= first[:, None]) & (at[None, :] <= last[:, None]), p, 0.0)
-        ds = p * (dp - mean[:, None])
-        acc = dot(rounded(ds, keys_tile.dtype), keys_tile, acc)
-    return acc
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            p = tl.where((offs_n[None, :] >= key_first[:, None]) & (offs_n[None, :] <= key_last[:, None]), p, 0.0)
+        ds = p * (dp - row_delta[:, None])
+        dq_acc = dot(rounded(ds, k_tile.dtype), k_tile, dq_acc)
+    return dq_acc
 
 
-@jit_counting("heads", "group", "items", "seq", "length", "keys", "window", "section")
-def _backward_queries(q, k, v, dy, top, delta, dq, start, end, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch,
-                      v_head, v_row, dy_batch, dy_head, dy_row, d_batch, d_head, d_row, heads, group, items, seq,
-                      length, keys, window, section, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr,
-                      QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-                      PACKED: tl.constexpr, DESCRIBED: tl.constexpr):
-    item, block = schedule(tl.program_id(0), items, tl.cdiv(seq, QUERIES), section, CAUSAL)
+@jit_counting("heads", "group", "items", "seq_q", "length", "seq_k", "window", "section")
+def _attn_bwd_dq(q, k, v, dy, lse2, delta, dq, start, end, q_strides, k_strides, v_strides, dy_strides, dq_strides,
+                 heads, group, items, seq_q, length, seq_k, window, section, scale2, scale, HEAD_DIM: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+                 WINDOW: tl.constexpr, PACKED: tl.constexpr, DESCRIBED: tl.constexpr):
+    """dq of BLOCK_M queries; strides are those of (batch, head, row)."""
+    item, block = schedule(tl.program_id(0), items, tl.cdiv(seq_q, BLOCK_M), section, CAUSAL)
     batch = item // heads
     head = item % heads
-    row = block * QUERIES
+    start_m = block * BLOCK_M
     if PACKED:
-        start += batch * seq
-        end += batch * seq
-    rows = row + tl.arange(0, QUERIES)
-    first, last = keys_of(tl.minimum(rows, seq - 1), seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
-    low_first, high_first = keys_of(row, seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
-    low_last, high_last = keys_of(tl.minimum(row + QUERIES, seq) - 1, seq, keys, window, start, end, CAUSAL, WINDOW,
-                                  PACKED)
-    begin, whole, broken, stop = block_range(low_first, low_last, high_first, high_last, KEYS)
+        start += batch * seq_q
+        end += batch * seq_q
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    key_first, key_last = key_range(tl.minimum(offs_m, seq_q - 1), seq_q, seq_k, window, start, end, CAUSAL, WINDOW,
+                                    PACKED)
+    low_first, high_first = key_range(start_m, seq_q, seq_k, window, start, end, CAUSAL, WINDOW, PACKED)
+    low_last, high_last = key_range(tl.minimum(start_m + BLOCK_M, seq_q) - 1, seq_q, seq_k, window, start, end, CAUSAL,
+                                    WINDOW, PACKED)
+    n_min, full_min, full_max, n_max = block_range(low_first, low_last, high_first, high_last, BLOCK_N)
 
-    queries = load_tile(head_of(q, batch, head, q_batch, q_head, DESCRIBED), batch, head, row, seq, q_row, D, WIDTH,
-                        QUERIES, True, DESCRIBED)
-    grad = load_tile(head_of(dy, batch, head, dy_batch, dy_head, DESCRIBED), batch, head, row, seq, dy_row, D, WIDTH,
-                     QUERIES, True, DESCRIBED)
-    highest = _load_statistic(top, item, row, length, QUERIES, False)
-    mean = _load_statistic(delta, item, row, length, QUERIES, False)
+    q_tile = load_tile(head_of(q, batch, head, q_strides, DESCRIBED), batch, head, start_m, seq_q, q_strides, HEAD_DIM,
+                       BLOCK_D, BLOCK_M, True, DESCRIBED)
+    dy_tile = load_tile(head_of(dy, batch, head, dy_strides, DESCRIBED), batch, head, start_m, seq_q, dy_strides,
+                        HEAD_DIM, BLOCK_D, BLOCK_M, True, DESCRIBED)
+    row_lse = _load_statistic(lse2, item, start_m, length, BLOCK_M, False)
+    row_delta = _load_statistic(delta, item, start_m, length, BLOCK_M, False)
     kv_head = head // group
-    k = head_of(k, batch, kv_head, k_batch, k_head, DESCRIBED)
-    v = head_of(v, batch, kv_head, v_batch, v_head, DESCRIBED)
-    acc = tl.zeros([QUERIES, WIDTH], tl.float32)
-    acc = _key_blocks(acc, queries, grad, highest, mean, k, v, k_row, v_row, batch, kv_head, begin, whole, broken, stop,
-                      first, last, keys, scale2, D, WIDTH, KEYS, True, DESCRIBED)
-    acc = _key_blocks(acc, queries, grad, highest, mean, k, v, k_row, v_row, batch, kv_head, begin, whole, broken, stop,
-                      first, last, keys, scale2, D, WIDTH, KEYS, False, DESCRIBED)
-    store_tile(head_of(dq, batch, head, d_batch, d_head, False), row, seq, d_row, acc * scale, D, WIDTH, QUERIES)
+    k = head_of(k, batch, kv_head, k_strides, DESCRIBED)
+    v = head_of(v, batch, kv_head, v_strides, DESCRIBED)
+    dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for part in tl.static_range(2):  # the edges, then what is seen whole
+        dq_acc = _dq_blocks(dq_acc, q_tile, dy_tile, row_lse, row_delta, k, v, k_strides, v_strides, batch, kv_head,
+                            n_min, full_min, full_max, n_max, key_first, key_last, seq_k, scale2, HEAD_DIM, BLOCK_D,
+                            BLOCK_N, part == 0, DESCRIBED)
+    store_tile(head_of(dq, batch, head, dq_strides, False), start_m, seq_q, dq_strides, dq_acc * scale, HEAD_DIM,
+               BLOCK_D, BLOCK_M)
 
 
 def backward(dy: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -223,61 +224,59 @@ def backward(dy: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: to
              window: int, scale: float, tiles: tuple[Tiles, Tiles] | None = None,
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) in the shapes of q, k, v, laid out [batch, seq, heads, d]; arguments as those and the results of
-    forward, dy like y, dlse like lse or None. Strides are free but for the last."""
+    forward, dy like y, dlse like lse or None; `tiles` those of dkdv and of dq. Strides are free but for the last."""
     q, k, v, y, dy = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, y, dy))
     dq, dk, dv = (torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
                   for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    top, delta = _launch_statistics(dy, dlse, y, lse)
-    for_keys, for_queries = tiles or (tiles_for("keys", q, k, v, dy), tiles_for("queries", q, k, v, dy))
-    _launch_keys(dy, q, k, v, top, delta, dk, dv, start, end, causal, window, scale, for_keys)
-    _launch_queries(dy, q, k, v, top, delta, dq, start, end, causal, window, scale, for_queries)
+    lse2, delta = _launch_preprocess(dy, dlse, y, lse)
+    for_dkdv, for_dq = tiles or (tiles_for("dkdv", q, k, v, dy), tiles_for("dq", q, k, v, dy))
+    _launch_dkdv(dy, q, k, v, lse2, delta, dk, dv, start, end, causal, window, scale, for_dkdv)
+    _launch_dq(dy, q, k, v, lse2, delta, dq, start, end, causal, window, scale, for_dq)
     return dq, dk, dv
 
 
-def _launch_statistics(dy: torch.Tensor, dlse: torch.Tensor | None, y: torch.Tensor,
+def _launch_preprocess(dy: torch.Tensor, dlse: torch.Tensor | None, y: torch.Tensor,
                        lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """lse in units of log 2 and delta, both [batch * heads, seq rounded up to ROWS] in fp32."""
-    batch, heads, seq, d = y.shape
-    blocks = cdiv(seq, ROWS)
-    top, delta = (lse.new_empty(batch * heads, blocks * ROWS) for _ in range(2))
-    _statistics[(blocks, batch * heads)](
-        y, dy, lse, None if dlse is None else dlse.contiguous(), top, delta, *y.stride()[:3], *dy.stride()[:3], heads,
-        seq, D=d, WIDTH=width_of(d), ROWS=ROWS, LSE=dlse is not None,
-        num_warps=4 if width_of(d) <= 128 else 8)  # 256 columns by 4 warps spill on sm_120
-    return top, delta
+    """lse in units of log 2 and delta, both [batch * heads, seq_q rounded up to PREPROCESS_M] in fp32."""
+    batch, heads, seq_q, d = y.shape
+    blocks = cdiv(seq_q, PREPROCESS_M)
+    lse2, delta = (lse.new_empty(batch * heads, blocks * PREPROCESS_M) for _ in range(2))
+    _attn_bwd_preprocess[(blocks, batch * heads)](
+        y, dy, lse, None if dlse is None else dlse.contiguous(), lse2, delta, y.stride()[:3], dy.stride()[:3], heads,
+        seq_q, HEAD_DIM=d, BLOCK_D=block_d(d), BLOCK_M=PREPROCESS_M, LSE=dlse is not None,
+        num_warps=4 if block_d(d) <= 128 else 8)  # 256 columns by 4 warps spill on sm_120
+    return lse2, delta
 
 
-def _launch_keys(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top: torch.Tensor,
+def _launch_dkdv(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse2: torch.Tensor,
                  delta: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, start: torch.Tensor | None,
                  end: torch.Tensor | None, causal: bool, window: int, scale: float, tiles: Tiles) -> None:
     """Fills dk and dv. Where there are too few blocks of keys for the multiprocessors the heads of a group are split
     over programs, whose sums are added in a fixed order."""
-    batch, heads, seq, d = q.shape
-    kv_heads, keys = k.shape[1:3]
-    group, blocks = heads // kv_heads, cdiv(keys, tiles.keys)
+    batch, heads, seq_q, d = q.shape
+    kv_heads, seq_k = k.shape[1:3]
+    group, blocks = heads // kv_heads, cdiv(seq_k, tiles.block_n)
     splits = splits_of(group, batch * kv_heads * blocks, processors(q.device))
-    parts = [x if splits == 1 else x.new_empty(splits, batch, keys, kv_heads, d, dtype=torch.float32).transpose(2, 3)
+    parts = [x if splits == 1 else x.new_empty(splits, batch, seq_k, kv_heads, d, dtype=torch.float32).transpose(2, 3)
              for x in (dk, dv)]
-    strides = (0, *dk.stride()[:3]) if splits == 1 else parts[0].stride()[:4]
-    section = splits * max(1, L2_BYTES // (2 * group * seq * d * q.element_size()))
-
-    def source(x: torch.Tensor, rows: int) -> Any:
-        return describe(x, [1, 1, rows, width_of(d)]) if tiles.described else x
+    d_split, d_strides = (0, dk.stride()[:3]) if splits == 1 else (parts[0].stride(0), parts[0].stride()[1:4])
+    section = splits * max(1, L2_BYTES // (2 * group * seq_q * d * q.element_size()))
 
     def statistic(x: torch.Tensor) -> Any:
-        return describe(x, [1, tiles.queries]) if tiles.described else x
+        return describe(x, [1, tiles.block_m]) if tiles.described else x
 
     # Accumulators of 256 columns for both gradients are more than registers hold: each by itself then, s twice.
-    for of_k, of_v in ((True, True),) if width_of(d) <= 128 else ((True, False), (False, True)):
-        _backward_keys[(batch * kv_heads * splits * blocks,)](
-            source(q, tiles.queries), source(k, tiles.keys), source(v, tiles.keys), source(dy, tiles.queries),
-            statistic(top), statistic(delta), *parts, start, end, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *dy.stride()[:3], *strides, kv_heads, group, splits, batch * kv_heads * splits, seq, top.shape[-1], keys,
-            window, section, scale * LOG2_E, scale, D=d, WIDTH=width_of(d), QUERIES=tiles.queries, KEYS=tiles.keys,
-            CAUSAL=causal, WINDOW=window > 0, PACKED=start is not None, DESCRIBED=tiles.described, DK=of_k, DV=of_v,
-            num_warps=tiles.warps, num_stages=tiles.stages)
+    for of_k, of_v in ((True, True),) if block_d(d) <= 128 else ((True, False), (False, True)):
+        _attn_bwd_dkdv[(batch * kv_heads * splits * blocks,)](
+            source(q, tiles.block_m, tiles), source(k, tiles.block_n, tiles), source(v, tiles.block_n, tiles),
+            source(dy, tiles.block_m, tiles), statistic(lse2), statistic(delta), *parts, start, end,
+            *(x.stride()[:3] for x in (q, k, v, dy)), d_split, d_strides, kv_heads, group, splits,
+            batch * kv_heads * splits, seq_q, lse2.shape[-1], seq_k, window, section, scale * math.log2(math.e), scale,
+            HEAD_DIM=d, BLOCK_D=block_d(d), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, CAUSAL=causal,
+            WINDOW=window > 0, PACKED=start is not None, DESCRIBED=tiles.described, DK=of_k, DV=of_v,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     if splits > 1:
         for whole, part in zip((dk, dv), parts, strict=True):
             whole.copy_(part.sum(0))
@@ -290,21 +289,17 @@ def splits_of(group: int, programs: int, multiprocessors: int) -> int:
     return next((n for n in range(1, group) if group % n == 0 and n >= wanted), group)
 
 
-def _launch_queries(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top: torch.Tensor,
-                    delta: torch.Tensor, dq: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None,
-                    causal: bool, window: int, scale: float, tiles: Tiles) -> None:
+def _launch_dq(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse2: torch.Tensor,
+               delta: torch.Tensor, dq: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None,
+               causal: bool, window: int, scale: float, tiles: Tiles) -> None:
     """Fills dq."""
-    batch, heads, seq, d = q.shape
-    kv_heads, keys = k.shape[1:3]
+    batch, heads, seq_q, d = q.shape
+    kv_heads, seq_k = k.shape[1:3]
     group = heads // kv_heads
-    section = group * max(1, L2_BYTES // (2 * keys * d * q.element_size()))
-
-    def source(x: torch.Tensor, rows: int) -> Any:
-        return describe(x, [1, 1, rows, width_of(d)]) if tiles.described else x
-
-    _backward_queries[(batch * heads * cdiv(seq, tiles.queries),)](
-        source(q, tiles.queries), source(k, tiles.keys), source(v, tiles.keys), source(dy, tiles.queries), top, delta,
-        dq, start, end, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3], *dq.stride()[:3], heads,
-        group, batch * heads, seq, top.shape[-1], keys, window, section, scale * LOG2_E, scale, D=d, WIDTH=width_of(d),
-        QUERIES=tiles.queries, KEYS=tiles.keys, CAUSAL=causal, WINDOW=window > 0, PACKED=start is not None,
-        DESCRIBED=tiles.described, num_warps=tiles.warps, num_stages=tiles.stages)
+    section = group * max(1, L2_BYTES // (2 * seq_k * d * q.element_size()))
+    _attn_bwd_dq[(batch * heads * cdiv(seq_q, tiles.block_m),)](
+        source(q, tiles.block_m, tiles), source(k, tiles.block_n, tiles), source(v, tiles.block_n, tiles),
+        source(dy, tiles.block_m, tiles), lse2, delta, dq, start, end, *(x.stride()[:3] for x in (q, k, v, dy, dq)),
+        heads, group, batch * heads, seq_q, lse2.shape[-1], seq_k, window, section, scale * math.log2(math.e), scale,
+        HEAD_DIM=d, BLOCK_D=block_d(d), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, CAUSAL=causal, WINDOW=window > 0,
+        PACKED=start is not None, DESCRIBED=tiles.described, num_warps=tiles.num_warps, num_stages=tiles.num_stages)

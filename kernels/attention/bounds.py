@@ -1,7 +1,7 @@
 """Which keys a query sees, as an interval; causality, windows, documents and the ends of tensors are all made of it.
 
-A query at `row` sees the keys first..last, a key is seen by the queries first..last, and both ends never fall as the
-row grows. So of the blocks of keys that a block of queries sees, those in the middle are seen whole and need no mask,
+A query sees the keys first..last, a key is seen by the queries first..last, and both ends never fall as the position
+grows. So of the blocks of keys that a block of queries sees, those in the middle are seen whole and need no mask,
 and those outside are never loaded: work is proportional to what is seen. Two numbers of each query's or key's document
 suffice, made on the device from the cumulative lengths, and nothing is read back.
 """
@@ -29,29 +29,31 @@ def document_bounds(cumulative: torch.Tensor, batch: int, seq: int) -> tuple[tor
 
 
 @jit
-def keys_of(row, seq, keys, window, start, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr):
-    """First and last key that queries (numbers or a tensor of rows, all below seq) see; none where last < first.
+def key_range(query, seq_q, seq_k, window, start, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+              PACKED: tl.constexpr):
+    """First and last key that queries (numbers or a tensor of them, all below seq_q) see; none where last < first.
 
-    `start` and `end` point to the batch row's part of document_bounds, where PACKED; then seq == keys.
+    `start` and `end` point to the batch row's part of document_bounds, where PACKED; then seq_q == seq_k.
     """
-    first = row * 0
-    last = row + (keys - seq) if CAUSAL else first + (keys - 1)
+    first = query * 0
+    last = query + (seq_k - seq_q) if CAUSAL else first + (seq_k - 1)
     if WINDOW:
-        first = tl.maximum(first, row + (keys - seq) - window + 1)
+        first = tl.maximum(first, query + (seq_k - seq_q) - window + 1)
     if PACKED:
-        first = tl.maximum(first, tl.load(start + row))
+        first = tl.maximum(first, tl.load(start + query))
         if not CAUSAL:
-            last = tl.load(end + row) - 1
+            last = tl.load(end + query) - 1
     return first, last
 
 
 @jit
-def queries_of(key, seq, keys, window, start, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr):
-    """First and last query that sees keys (all below `keys`); none where last < first."""
-    first = tl.maximum(key - (keys - seq), 0) if CAUSAL else key * 0
-    last = key * 0 + (seq - 1)
+def query_range(key, seq_q, seq_k, window, start, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                PACKED: tl.constexpr):
+    """First and last query that sees keys (all below seq_k); none where last < first."""
+    first = tl.maximum(key - (seq_k - seq_q), 0) if CAUSAL else key * 0
+    last = key * 0 + (seq_q - 1)
     if WINDOW:
-        last = tl.minimum(last, key - (keys - seq) + window - 1)
+        last = tl.minimum(last, key - (seq_k - seq_q) + window - 1)
     if PACKED:
         last = tl.minimum(last, tl.load(end + key) - 1)
         if not CAUSAL:
@@ -60,34 +62,34 @@ def queries_of(key, seq, keys, window, start, end, CAUSAL: tl.constexpr, WINDOW:
 
 
 @jit
-def block_range(low_first, low_last, high_first, high_last, SIZE: tl.constexpr):
-    """What is seen, in blocks of SIZE: (begin, whole, broken, stop), of which [whole, broken) is seen by everyone.
+def block_range(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr):
+    """What rows see, in blocks of BLOCK: (n_min, full_min, full_max, n_max). All see the whole of [full_min, full_max);
+    the edges [n_min, full_min) and [full_max, n_max) are to be masked.
 
-    low: first position seen by the first and by the last row; high: last positions. Edges to be masked are
-    [begin, whole) and [broken, stop).
+    low: first position seen by the first and by the last row; high: last positions.
     """
-    begin = low_first // SIZE
-    stop = tl.maximum(begin, tl.cdiv(tl.maximum(high_last + 1, 0), SIZE))
-    whole = tl.minimum(tl.cdiv(low_last, SIZE), stop)
-    broken = tl.minimum(tl.maximum(tl.maximum(high_first + 1, 0) // SIZE, whole), stop)
-    return begin, whole, broken, stop
+    n_min = low_first // BLOCK
+    n_max = tl.maximum(n_min, tl.cdiv(tl.maximum(high_last + 1, 0), BLOCK))
+    full_min = tl.minimum(tl.cdiv(low_last, BLOCK), n_max)
+    full_max = tl.minimum(tl.maximum(tl.maximum(high_first + 1, 0) // BLOCK, full_min), n_max)
+    return n_min, full_min, full_max, n_max
 
 
 @jit
-def edge_block(index, begin, whole, broken):
-    """The index-th of the blocks [begin, whole) and [broken, stop), so that one loop goes over both edges."""
-    return tl.where(index < whole - begin, begin + index, broken + index - (whole - begin))
+def edge_block(index, n_min, full_min, full_max):
+    """The index-th of the blocks [n_min, full_min) and [full_max, n_max), so that one loop goes over both edges."""
+    return tl.where(index < full_min - n_min, n_min + index, full_max + index - (full_min - n_min))
 
 
 @jit
-def schedule(program, items, blocks, section, DESCENDING: tl.constexpr):
+def schedule(pid, items, blocks, section, DESCENDING: tl.constexpr):
     """The item (a head of a batch row) and the block of a program: heaviest first, so that the light ones fill the end.
 
     Items go in sections whose keys and values the L2 cache holds; in one, all items of a block are neighbours, and the
     heads of one kv group among them. DESCENDING: later blocks are the heavier ones.
     """
-    number = program // (section * blocks)
-    rest = program % (section * blocks)
+    number = pid // (section * blocks)
+    rest = pid % (section * blocks)
     size = tl.minimum(section, items - number * section)
     block = rest // size
     item = number * section + rest % size

@@ -1,8 +1,8 @@
 """The forward kernel of attention: y and the logarithm of each query's sum of exponentials.
 
-A program holds a block of queries and goes over the blocks of keys that they see, keeping for each query the largest
-score m so far, l = sum exp(s - m) and the unnormalised y (arXiv:2205.14135, algorithm 1; arXiv:2307.08691, algorithm
-1). Scores are kept in units of log 2, so that exp is one instruction.
+A program holds BLOCK_M queries and goes over the blocks of BLOCK_N keys that they see, keeping for each query row_max,
+the largest score so far, row_sum = sum exp(s - row_max) and acc, the unnormalised y (arXiv:2205.14135, algorithm 1;
+arXiv:2307.08691, algorithm 1). Scores are kept in units of log 2, so that exp is one instruction.
 
 Blocks at the edges of what is seen come first, masked, then those seen whole. For these Hopper has a loop of its own:
 the products of a warp group run beside its other instructions, but Triton waits for q k^T at once, and softmax needs
@@ -11,163 +11,155 @@ it; so an iteration multiplies the previous one's probabilities with their value
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 
-from engine.kernels.attention.bounds import block_range, edge_block, keys_of, schedule
-from engine.kernels.attention.tiles import (
-    L2_BYTES,
-    Tiles,
-    describe,
-    head_of,
-    load_tile,
-    store_tile,
-    tiles_for,
-    width_of,
-)
-from engine.kernels.language import cdiv, dot, jit, jit_counting, rounded, tl
-
-LOG2_E = 1.4426950408889634
+from engine.kernels.attention.bounds import block_range, edge_block, key_range, schedule
+from engine.kernels.attention.tiles import L2_BYTES, Tiles, block_d, head_of, load_tile, source, store_tile, tiles_for
+from engine.kernels.language import LN2, cdiv, dot, jit, jit_counting, rounded, tl
 
 
 @jit
-def _edges(acc, total, top, q, k, v, k_row, v_row, batch, head, begin, whole, broken, stop, first, last, keys, scale,
-           D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, LOW: tl.constexpr, DESCRIBED: tl.constexpr):
-    """The blocks that are not seen whole; LOW: the near edge of a window or document may be among them."""
-    for index in range(0, stop - broken + whole - begin):
-        row = (edge_block(index, begin, whole, broken) if LOW else broken + index) * KEYS
-        tile = load_tile(k, batch, head, row, keys, k_row, D, WIDTH, KEYS, True, DESCRIBED)
-        s = dot(q, tl.trans(tile), tl.zeros([q.shape[0], KEYS], tl.float32))
-        at = row + tl.arange(0, KEYS)
-        seen = at[None, :] <= last[:, None]
-        if LOW:
-            seen = seen & (at[None, :] >= first[:, None])
+def _edge_blocks(acc, row_sum, row_max, q, k, v, k_strides, v_strides, batch, kv_head, n_min, full_min, full_max, n_max,
+                 key_first, key_last, seq_k, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                 BLOCK_N: tl.constexpr, NEAR: tl.constexpr, DESCRIBED: tl.constexpr):
+    """The blocks that are not seen whole; NEAR: the near edge of a window or document may be among them."""
+    for index in range(0, n_max - full_max + full_min - n_min):
+        start_n = (edge_block(index, n_min, full_min, full_max) if NEAR else full_max + index) * BLOCK_N
+        tile = load_tile(k, batch, kv_head, start_n, seq_k, k_strides, HEAD_DIM, BLOCK_D, BLOCK_N, True, DESCRIBED)
+        s = dot(q, tl.trans(tile), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        seen = offs_n[None, :] <= key_last[:, None]
+        if NEAR:
+            seen = seen & (offs_n[None, :] >= key_first[:, None])
         s = tl.where(seen, s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1) * scale)
-        base = tl.where(new == float("-inf"), 0.0, new)  # a query that has seen no key yet: exp(-inf), not NaN
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key seen yet: exp(-inf), not NaN
         p = tl.exp2(s * scale - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(p, 1)
-        tile = load_tile(v, batch, head, row, keys, v_row, D, WIDTH, KEYS, True, DESCRIBED)
+        shrink = tl.exp2(row_max - base)
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        tile = load_tile(v, batch, kv_head, start_n, seq_k, v_strides, HEAD_DIM, BLOCK_D, BLOCK_N, True, DESCRIBED)
         acc = dot(rounded(p, tile.dtype), tile, acc * shrink[:, None])
-        top = new
-    return acc, total, top
+        row_max = new_max
+    return acc, row_sum, row_max
 
 
 @jit
-def _whole(acc, total, top, q, k, v, k_row, v_row, batch, head, whole, broken, keys, scale,
-           D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, DESCRIBED: tl.constexpr):
-    """The blocks that every query of the program sees."""
-    for block in range(whole, broken):
-        tile = load_tile(k, batch, head, block * KEYS, keys, k_row, D, WIDTH, KEYS, False, DESCRIBED)
-        s = dot(q, tl.trans(tile), tl.zeros([q.shape[0], KEYS], tl.float32))
-        new = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - new[:, None])
-        shrink = tl.exp2(top - new)
-        total = total * shrink + tl.sum(p, 1)
-        tile = load_tile(v, batch, head, block * KEYS, keys, v_row, D, WIDTH, KEYS, False, DESCRIBED)
+def _full_blocks(acc, row_sum, row_max, q, k, v, k_strides, v_strides, batch, kv_head, full_min, full_max, seq_k, scale,
+                 HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr):
+    """The blocks that every query of the program sees whole."""
+    for n in range(full_min, full_max):
+        tile = load_tile(k, batch, kv_head, n * BLOCK_N, seq_k, k_strides, HEAD_DIM, BLOCK_D, BLOCK_N, False, DESCRIBED)
+        s = dot(q, tl.trans(tile), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        tile = load_tile(v, batch, kv_head, n * BLOCK_N, seq_k, v_strides, HEAD_DIM, BLOCK_D, BLOCK_N, False, DESCRIBED)
         acc = dot(rounded(p, tile.dtype), tile, acc * shrink[:, None])
-        top = new
-    return acc, total, top
+        row_max = new_max
+    return acc, row_sum, row_max
 
 
 @jit
-def _whole_delayed(acc, total, top, q, k, v, k_row, v_row, batch, head, whole, broken, keys, scale,
-                   D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, DESCRIBED: tl.constexpr):
+def _full_blocks_delayed(acc, row_sum, row_max, q, k, v, k_strides, v_strides, batch, kv_head, full_min, full_max,
+                         seq_k, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+                         DESCRIBED: tl.constexpr):
     """The same; p and shrink are those of the block before, and the first product is with zeros.
 
     p stays in fp32 between iterations: carried in 16 bits, Triton would take it through shared memory.
     """
-    p = tl.zeros([q.shape[0], KEYS], tl.float32)
+    p = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     shrink = tl.full([q.shape[0]], 1.0, tl.float32)
-    for block in range(whole, broken):
-        tile = load_tile(k, batch, head, block * KEYS, keys, k_row, D, WIDTH, KEYS, False, DESCRIBED)
-        s = dot(q, tl.trans(tile), tl.zeros([q.shape[0], KEYS], tl.float32))
-        new = tl.maximum(top, tl.max(s, 1) * scale)
-        tile = load_tile(v, batch, head, tl.maximum(block - 1, whole) * KEYS, keys, v_row, D, WIDTH, KEYS, False,
-                         DESCRIBED)
+    for n in range(full_min, full_max):
+        tile = load_tile(k, batch, kv_head, n * BLOCK_N, seq_k, k_strides, HEAD_DIM, BLOCK_D, BLOCK_N, False, DESCRIBED)
+        s = dot(q, tl.trans(tile), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
+        tile = load_tile(v, batch, kv_head, tl.maximum(n - 1, full_min) * BLOCK_N, seq_k, v_strides, HEAD_DIM, BLOCK_D,
+                         BLOCK_N, False, DESCRIBED)
         acc = dot(rounded(p, tile.dtype), tile, acc * shrink[:, None])
-        p = tl.exp2(s * scale - new[:, None])
-        shrink = tl.exp2(top - new)
-        total = total * shrink + tl.sum(p, 1)
-        top = new
-    if whole < broken:
-        tile = load_tile(v, batch, head, (broken - 1) * KEYS, keys, v_row, D, WIDTH, KEYS, False, DESCRIBED)
+        p = tl.exp2(s * scale - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        row_max = new_max
+    if full_min < full_max:
+        tile = load_tile(v, batch, kv_head, (full_max - 1) * BLOCK_N, seq_k, v_strides, HEAD_DIM, BLOCK_D, BLOCK_N,
+                         False, DESCRIBED)
         acc = dot(rounded(p, tile.dtype), tile, acc * shrink[:, None])
-    return acc, total, top
+    return acc, row_sum, row_max
 
 
-@jit_counting("heads", "group", "items", "seq", "keys", "window", "section")
-def _forward(q, k, v, y, lse, start, end, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-             y_batch, y_head, y_row, heads, group, items, seq, keys, window, section, scale, D: tl.constexpr,
-             WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-             PACKED: tl.constexpr, DESCRIBED: tl.constexpr, DELAYED: tl.constexpr):
-    item, block = schedule(tl.program_id(0), items, tl.cdiv(seq, QUERIES), section, CAUSAL)
+@jit_counting("heads", "group", "items", "seq_q", "seq_k", "window", "section")
+def _attn_fwd(q, k, v, y, lse, start, end, q_strides, k_strides, v_strides, y_strides, heads, group, items, seq_q,
+              seq_k, window, section, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+              DESCRIBED: tl.constexpr, DELAYED: tl.constexpr):
+    """BLOCK_M queries of one head; strides are those of (batch, head, row)."""
+    item, block = schedule(tl.program_id(0), items, tl.cdiv(seq_q, BLOCK_M), section, CAUSAL)
     batch = item // heads
     head = item % heads
-    row = block * QUERIES
+    start_m = block * BLOCK_M
     if PACKED:
-        start += batch * seq
-        end += batch * seq
-    rows = row + tl.arange(0, QUERIES)
-    first, last = keys_of(tl.minimum(rows, seq - 1), seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
-    low_first, high_first = keys_of(row, seq, keys, window, start, end, CAUSAL, WINDOW, PACKED)
-    low_last, high_last = keys_of(tl.minimum(row + QUERIES, seq) - 1, seq, keys, window, start, end, CAUSAL, WINDOW,
-                                  PACKED)
-    begin, whole, broken, stop = block_range(low_first, low_last, high_first, high_last, KEYS)
+        start += batch * seq_q
+        end += batch * seq_q
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    key_first, key_last = key_range(tl.minimum(offs_m, seq_q - 1), seq_q, seq_k, window, start, end, CAUSAL, WINDOW,
+                                    PACKED)
+    low_first, high_first = key_range(start_m, seq_q, seq_k, window, start, end, CAUSAL, WINDOW, PACKED)
+    low_last, high_last = key_range(tl.minimum(start_m + BLOCK_M, seq_q) - 1, seq_q, seq_k, window, start, end, CAUSAL,
+                                    WINDOW, PACKED)
+    n_min, full_min, full_max, n_max = block_range(low_first, low_last, high_first, high_last, BLOCK_N)
 
-    queries = load_tile(head_of(q, batch, head, q_batch, q_head, DESCRIBED), batch, head, row, seq, q_row, D, WIDTH,
-                        QUERIES, True, DESCRIBED)
+    q_tile = load_tile(head_of(q, batch, head, q_strides, DESCRIBED), batch, head, start_m, seq_q, q_strides, HEAD_DIM,
+                       BLOCK_D, BLOCK_M, True, DESCRIBED)
     kv_head = head // group
-    k = head_of(k, batch, kv_head, k_batch, k_head, DESCRIBED)
-    v = head_of(v, batch, kv_head, v_batch, v_head, DESCRIBED)
-    acc = tl.zeros([QUERIES, WIDTH], tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    top = tl.full([QUERIES], float("-inf"), tl.float32)
-    acc, total, top = _edges(acc, total, top, queries, k, v, k_row, v_row, batch, kv_head, begin, whole, broken, stop,
-                             first, last, keys, scale, D, WIDTH, KEYS, WINDOW or PACKED, DESCRIBED)
+    k = head_of(k, batch, kv_head, k_strides, DESCRIBED)
+    v = head_of(v, batch, kv_head, v_strides, DESCRIBED)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc, row_sum, row_max = _edge_blocks(acc, row_sum, row_max, q_tile, k, v, k_strides, v_strides, batch, kv_head,
+                                         n_min, full_min, full_max, n_max, key_first, key_last, seq_k, scale, HEAD_DIM,
+                                         BLOCK_D, BLOCK_N, WINDOW or PACKED, DESCRIBED)
     if DELAYED:
-        acc, total, top = _whole_delayed(acc, total, top, queries, k, v, k_row, v_row, batch, kv_head, whole, broken,
-                                         keys, scale, D, WIDTH, KEYS, DESCRIBED)
+        acc, row_sum, row_max = _full_blocks_delayed(acc, row_sum, row_max, q_tile, k, v, k_strides, v_strides, batch,
+                                                     kv_head, full_min, full_max, seq_k, scale, HEAD_DIM, BLOCK_D,
+                                                     BLOCK_N, DESCRIBED)
     else:
-        acc, total, top = _whole(acc, total, top, queries, k, v, k_row, v_row, batch, kv_head, whole, broken, keys,
-                                 scale, D, WIDTH, KEYS, DESCRIBED)
+        acc, row_sum, row_max = _full_blocks(acc, row_sum, row_max, q_tile, k, v, k_strides, v_strides, batch, kv_head,
+                                             full_min, full_max, seq_k, scale, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED)
 
-    some = total > 0.0
-    total = tl.where(some, total, 1.0)  # a query that sees nothing: its acc is 0
-    acc = acc * (1.0 / total)[:, None]
-    value = tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
-    tl.store(lse + item.to(tl.int64) * seq + rows, value, mask=rows < seq)
-    store_tile(head_of(y, batch, head, y_batch, y_head, False), row, seq, y_row, acc, D, WIDTH, QUERIES)
+    some = row_sum > 0.0
+    row_sum = tl.where(some, row_sum, 1.0)  # a query that sees nothing: its acc is 0
+    acc = acc * (1.0 / row_sum)[:, None]
+    value = tl.where(some, (row_max + tl.log2(row_sum)) * LN2, float("-inf"))
+    tl.store(lse + item.to(tl.int64) * seq_q + offs_m, value, mask=offs_m < seq_q)
+    store_tile(head_of(y, batch, head, y_strides, False), start_m, seq_q, y_strides, acc, HEAD_DIM, BLOCK_D, BLOCK_M)
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None,
             causal: bool, window: int, scale: float, tiles: Tiles | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [batch, heads, seq, d], k and v [batch, kv_heads, keys, d] -> (y [batch, heads, seq, d], laid out [batch, seq,
-    heads, d], and lse [batch, heads, seq] in fp32: natural logarithms, -inf where a query sees nothing).
+    """q [batch, heads, seq_q, d], k and v [batch, kv_heads, seq_k, d] -> (y [batch, heads, seq_q, d], laid out [batch,
+    seq_q, heads, d], and lse [batch, heads, seq_q] in fp32: natural logarithms, -inf where a query sees nothing).
 
     `start` and `end` are those of document_bounds or None; `window` 0 is none. Strides are free but for the last, which
     is made 1 by a copy if need be.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    batch, heads, seq, d = q.shape
-    kv_heads, keys = k.shape[1:3]
-    y = q.new_empty(batch, seq, heads, d).transpose(1, 2)
-    lse = q.new_empty(batch, heads, seq, dtype=torch.float32)
-    if q.numel() == 0 or keys == 0:
+    batch, heads, seq_q, d = q.shape
+    kv_heads, seq_k = k.shape[1:3]
+    y = q.new_empty(batch, seq_q, heads, d).transpose(1, 2)
+    lse = q.new_empty(batch, heads, seq_q, dtype=torch.float32)
+    if q.numel() == 0 or seq_k == 0:
         return y.zero_(), lse.fill_(float("-inf"))
     tiles = tiles or tiles_for("forward", q, k, v)
     group = heads // kv_heads
-    section = group * max(1, L2_BYTES // (2 * keys * d * q.element_size()))
-
-    def source(x: torch.Tensor, rows: int) -> Any:
-        return describe(x, [1, 1, rows, width_of(d)]) if tiles.described else x
-
-    _forward[(batch * heads * cdiv(seq, tiles.queries),)](
-        source(q, tiles.queries), source(k, tiles.keys), source(v, tiles.keys), y, lse, start, end,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3], heads, group, batch * heads, seq, keys,
-        window, section, scale * LOG2_E, D=d, WIDTH=width_of(d), QUERIES=tiles.queries, KEYS=tiles.keys, CAUSAL=causal,
-        WINDOW=window > 0, PACKED=start is not None, DESCRIBED=tiles.described, DELAYED=tiles.delayed,
-        num_warps=tiles.warps, num_stages=tiles.stages)
+    section = group * max(1, L2_BYTES // (2 * seq_k * d * q.element_size()))
+    _attn_fwd[(batch * heads * cdiv(seq_q, tiles.block_m),)](
+        source(q, tiles.block_m, tiles), source(k, tiles.block_n, tiles), source(v, tiles.block_n, tiles), y, lse,
+        start, end, *(x.stride()[:3] for x in (q, k, v, y)), heads, group, batch * heads, seq_q, seq_k, window, section,
+        scale * math.log2(math.e), HEAD_DIM=d, BLOCK_D=block_d(d), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        CAUSAL=causal, WINDOW=window > 0, PACKED=start is not None, DESCRIBED=tiles.described, DELAYED=tiles.delayed,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     return y, lse

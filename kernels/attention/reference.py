@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels.attention.documents import Documents
-from engine.kernels.norm import wide
+from engine.kernels.language import wide
 from engine.kernels.softmax import scaled_masked_softmax
 
 Packed = Documents | None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.language import HOPPER, SHARED_MEMORY, arch, jit, narrow, power_of_two, shared_memory, tl
+from engine.kernels.language import HOPPER, SHARED_MEMORY, arch, jit, power_of_two, rounded, shared_memory, tl
 
 L2_BYTES = 1 << 25
 """Of the 40 MB (A100) and 50 MB (H100) of L2 cache, what keys and values may fill."""
@@ -20,22 +20,22 @@ L2_BYTES = 1 << 25
 
 @dataclass(frozen=True)
 class Tiles:
-    """A kernel's tile of queries and of keys, its warps and the stages of its pipeline."""
+    """A kernel's BLOCK_M queries and BLOCK_N keys, its warps and the stages of its pipeline."""
 
-    queries: int
-    keys: int
-    warps: int
-    stages: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
     described: bool = False
     """Loaded by tensor descriptors."""
     delayed: bool = False
     """Forward: probabilities meet their values an iteration later (see forward.py)."""
 
 
-def width_of(d: int) -> int:
-    """Columns of a tile: the power of two that holds d, for Triton has no other. The rest is zeros, multiplied all the
-    same: 80 to 112 cost as much as 128, 160 and 192 as much as 256."""
-    return max(16, power_of_two(d))
+def block_d(head_dim: int) -> int:
+    """Columns of a tile: the power of two that holds a head, for Triton has no other. The rest is zeros, multiplied all
+    the same: 80 to 112 cost as much as 128, 160 and 192 as much as 256."""
+    return max(16, power_of_two(head_dim))
 
 
 def describable(*tensors: torch.Tensor) -> bool:
@@ -58,87 +58,94 @@ def describe(x: torch.Tensor, tile: list[int]) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], tile)
 
 
+def source(x: torch.Tensor, block: int, tiles: Tiles) -> Any:
+    """What a kernel loads tiles of `block` rows of x [batch, heads, seq, d] from: a descriptor, or x itself."""
+    return describe(x, [1, 1, block, block_d(x.shape[3])]) if tiles.described else x
+
+
 @jit
-def head_of(x, batch, head, batch_stride, head_stride, DESCRIBED: tl.constexpr):
-    """The pointer to a head's rows; a descriptor stays as it is."""
+def head_of(x, batch, head, strides, DESCRIBED: tl.constexpr):
+    """The pointer to a head's rows, strides those of (batch, head, row); a descriptor stays as it is."""
     if DESCRIBED:
         return x
     else:
-        return x + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+        return x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
 @jit
-def load_tile(x, batch, head, row, rows, stride, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+def load_tile(x, batch, head, row, rows, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
               EDGE: tl.constexpr, DESCRIBED: tl.constexpr):
-    """[ROWS, WIDTH] from `row` on, of a descriptor or of what head_of gave; zeros beyond D columns and, with EDGE,
-    beyond `rows`."""
+    """[BLOCK, BLOCK_D] from `row` on, of a descriptor or of what head_of gave; zeros beyond HEAD_DIM columns and, with
+    EDGE, beyond `rows`."""
     if DESCRIBED:
-        return x.load([batch, head, row, 0]).reshape(ROWS, WIDTH)
+        return x.load([batch, head, row, 0]).reshape(BLOCK, BLOCK_D)
     else:
-        at = row + tl.arange(0, ROWS)
-        columns = tl.arange(0, WIDTH)
-        pointers = x + at[:, None].to(tl.int64) * stride + columns[None, :]
+        offs = row + tl.arange(0, BLOCK)
+        cols = tl.arange(0, BLOCK_D)
+        pointers = x + offs[:, None].to(tl.int64) * strides[2] + cols[None, :]
         if EDGE:
-            return tl.load(pointers, mask=(at[:, None] < rows) & (columns[None, :] < D), other=0.0)
-        elif D != WIDTH:
-            return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
+            return tl.load(pointers, mask=(offs[:, None] < rows) & (cols[None, :] < HEAD_DIM), other=0.0)
+        elif HEAD_DIM != BLOCK_D:
+            return tl.load(pointers, mask=cols[None, :] < HEAD_DIM, other=0.0)
         else:
             return tl.load(pointers)
 
 
 @jit
-def store_tile(x, row, rows, stride, value, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Writes [ROWS, WIDTH] from `row` on, what lies below `rows` and D."""
-    at = row + tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
-    tl.store(x + at[:, None].to(tl.int64) * stride + columns[None, :], narrow(value, x),
-             mask=(at[:, None] < rows) & (columns[None, :] < D))
+def store_tile(x, row, rows, strides, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes [BLOCK, BLOCK_D] from `row` on, what lies below `rows` and HEAD_DIM."""
+    offs = row + tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK_D)
+    tl.store(x + offs[:, None].to(tl.int64) * strides[2] + cols[None, :], rounded(value, x.dtype.element_ty),
+             mask=(offs[:, None] < rows) & (cols[None, :] < HEAD_DIM))
 
 
 # Tiles by how they are loaded and by the width they have to hold (the first that is wide enough), chosen by what the
 # compiler makes of them (benchmarks/resources.py): accumulators and scores stay in registers, nothing spills.
 #
-# Hopper, described: products of 64 rows a warp group. Forward holds 128 queries in two warp groups with three stages of
-# 128 keys, 226 of the 227 KB of shared memory; 240 registers a thread, so one block of 8 warps on a multiprocessor,
-# whose products run beside the softmax. At 64 columns exponentials take as long as the products, and 64 keys a tile
-# leave room for a second block (124 registers), whose products run meanwhile. The gradient of keys holds dk and dv of
-# 128 keys (250 registers), that of queries dq of 128. Two stages do where an iteration ends with a product that nothing
-# waits for and that lasts until the next tiles are there; dq's at 128 columns is too short for that. At 256 columns
-# tiles of 32 or 64 on the other side are what still fits, in two stages, which a delayed product would lay bare.
+# Hopper, described: products of 64 rows a warp group.
+# - forward holds 128 queries in two warp groups with three stages of 128 keys, 226 of the 227 KB of shared memory; 240
+#   registers a thread, so one block of 8 warps on a multiprocessor, whose products run beside the softmax. At 64
+#   columns exponentials take as long as the products, and 64 keys a tile leave room for a second block (124 registers),
+#   whose products run meanwhile.
+# - dkdv holds dk and dv of 128 keys (250 registers), dq that of 128 queries. Two stages do where an iteration ends with
+#   a product that nothing waits for and that lasts until the next tiles are there; dq's at 128 columns is too short.
+# - At 256 columns tiles of 32 or 64 on the other side are what still fits, in two stages, which a delayed product would
+#   lay bare.
 _HOPPER = {
     "forward": ((64, Tiles(128, 64, 8, 3, True)), (128, Tiles(128, 128, 8, 3, True, True)),
                 (256, Tiles(128, 64, 8, 2, True))),
-    "keys": ((128, Tiles(64, 128, 8, 2, True)), (256, Tiles(32, 128, 8, 2, True))),
-    "queries": ((64, Tiles(128, 64, 8, 2, True)), (128, Tiles(128, 64, 8, 3, True)),
-                (256, Tiles(128, 32, 8, 2, True))),
+    "dkdv": ((128, Tiles(64, 128, 8, 2, True)), (256, Tiles(32, 128, 8, 2, True))),
+    "dq": ((64, Tiles(128, 64, 8, 2, True)), (128, Tiles(128, 64, 8, 3, True)),
+           (256, Tiles(128, 32, 8, 2, True))),
 }
 # Ampere, and Hopper where the strides do not let a tile be described: products of 16 rows a warp, tiles by cp.async,
 # 156 to 236 registers with 8 warps, so one block on a multiprocessor; two or three stages in at most 103 KB.
 _AMPERE = {
     "forward": ((128, Tiles(128, 64, 8, 3)), (256, Tiles(64, 32, 8, 2))),
-    "keys": ((64, Tiles(32, 128, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 64, 8, 2))),
-    "queries": ((64, Tiles(128, 32, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
+    "dkdv": ((64, Tiles(32, 128, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 64, 8, 2))),
+    "dq": ((64, Tiles(128, 32, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
 }
 # 99 KB of shared memory (sm_86, 89, 120): above 128 columns dk has half the queries, for 82 KB where 32 of them take
 # 100.25; and dq has a second stage, without which Triton 3.6 spills there.
 _SMALL = {
     "forward": _AMPERE["forward"],
-    "keys": (*_AMPERE["keys"][:2], (256, Tiles(16, 64, 8, 2))),
-    "queries": (*_AMPERE["queries"][:2], (256, Tiles(32, 32, 8, 2))),
+    "dkdv": (*_AMPERE["dkdv"][:2], (256, Tiles(16, 64, 8, 2))),
+    "dq": (*_AMPERE["dq"][:2], (256, Tiles(32, 32, 8, 2))),
 }
 # fp32: no tensor cores (their tf32 would cut the operands), so tiles are small. For proofs on a GPU, not for speed;
 # above 64 columns the gradients of some cases spill.
 _SINGLE = {
     "forward": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(32, 32, 8, 1)), (256, Tiles(16, 32, 8, 1))),
-    "keys": ((64, Tiles(32, 32, 8, 1)), (256, Tiles(16, 16, 8, 1))),
-    "queries": ((64, Tiles(32, 32, 8, 1)), (256, Tiles(16, 16, 8, 1))),
+    "dkdv": ((64, Tiles(32, 32, 8, 1)), (256, Tiles(16, 16, 8, 1))),
+    "dq": ((64, Tiles(32, 32, 8, 1)), (256, Tiles(16, 16, 8, 1))),
 }
 # Interpreted: small enough for a few dozen rows to have edges and blocks seen whole.
-_INTERPRETED = {"forward": Tiles(32, 16, 4, 1), "keys": Tiles(16, 32, 4, 1), "queries": Tiles(32, 16, 4, 1)}
+_INTERPRETED = {"forward": Tiles(32, 16, 4, 1), "dkdv": Tiles(16, 32, 4, 1), "dq": Tiles(32, 16, 4, 1)}
 
 
 def tiles_for(kernel: str, *tensors: torch.Tensor) -> Tiles:
-    """The tiles of "forward", "keys" (dk and dv) or "queries" (dq) for the tensors it loads, q first."""
+    """The tiles of "forward", "dkdv" or "dq" for the tensors it loads, q first."""
     q = tensors[0]
     gpu = arch(q.device)
     if gpu == 0:
@@ -149,4 +156,4 @@ def tiles_for(kernel: str, *tensors: torch.Tensor) -> Tiles:
         table = _HOPPER
     else:
         table = _AMPERE if shared_memory(gpu) >= SHARED_MEMORY[80] else _SMALL
-    return next(tiles for widest, tiles in table[kernel] if width_of(q.shape[-1]) <= widest)
+    return next(tiles for widest, tiles in table[kernel] if block_d(q.shape[-1]) <= widest)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels.adamw import BLOCK, _adamw, adamw_, launch
+from engine.kernels.adamw import BLOCK_N, _adamw, adamw_, launch
 from engine.kernels.language import INTERPRETING
 from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, needs_triton, normal
 
@@ -29,7 +29,7 @@ def control(scale: float, skip: bool = False) -> torch.Tensor:
     return torch.tensor([scale, float(skip)], dtype=torch.float64, device=DEVICE)
 
 
-LENGTHS = [1000, BLOCK, 2 * BLOCK + 5]
+LENGTHS = [1000, BLOCK_N, 2 * BLOCK_N + 5]
 
 
 def ten_steps(by: str, **changes: Any) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -83,13 +83,6 @@ def test_zero_gradients_only_decay() -> None:
     torch.testing.assert_close(p.double(), normal(700, seed=99) * (1 - 0.001) ** STEPS, rtol=1e-6, atol=0)
 
 
-def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp32 in a narrower dtype. The compiler rounds; Triton's interpreter cuts the last 16 bits off for bf16."""
-    if INTERPRETING and dtype == torch.bfloat16:
-        x = (x.view(torch.int32) & -(1 << 16)).view(torch.float32)
-    return x.to(dtype)
-
-
 @pytest.mark.parametrize("length", [0, 1, 3, *LENGTHS])
 @pytest.mark.parametrize("grad_dtype", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -99,13 +92,13 @@ def test_out_holds_the_master_weights_rounded(dtype: torch.dtype, grad_dtype: to
     grad = normal(length, seed=1).to(grad_dtype)
     adamw_(p, grad, m, v, step=1, out=out, by="triton", **OPTIONS)
     adamw_(plain, grad.float(), torch.zeros_like(m), torch.zeros_like(v), step=1, by="triton", **OPTIONS)
-    assert torch.equal(p, plain) and torch.equal(out, rounded(p, dtype))
+    assert torch.equal(p, plain) and torch.equal(out, p.to(dtype))
     assert torch.equal(grad, normal(length, seed=1).to(grad_dtype)), "the gradient stays as it is"
 
 
 @pytest.mark.parametrize("shift", [1, 3, 4])
 def test_buffers_that_begin_anywhere_give_the_same_numbers_and_nothing_around_them_changes(shift: int) -> None:
-    length = BLOCK + 9
+    length = BLOCK_N + 9
 
     def step(at: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         wholes = [torch.full((length + 16,), 7.0, device=DEVICE) for _ in range(4)]
@@ -125,7 +118,7 @@ def test_buffers_that_begin_anywhere_give_the_same_numbers_and_nothing_around_th
 
 @pytest.mark.parametrize("by", ["torch", "triton"])
 def test_a_step_that_is_skipped_writes_nothing(by: str) -> None:
-    length = BLOCK + 9
+    length = BLOCK_N + 9
     buffers = [normal(length, seed=number).abs().float() for number in range(4)]
     buffers[1][3] = torch.inf
     out = torch.full((length,), 7.0, dtype=torch.bfloat16, device=DEVICE)
@@ -163,12 +156,12 @@ def test_buffers_that_do_not_fit_together_are_refused() -> None:
 def test_a_buffer_past_two_to_the_31_elements_is_addressed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU only the last two programs run: what nobody touches of such a buffer takes no memory."""
     programs = (1 << 21) + 2
-    length = programs * BLOCK - 40
+    length = programs * BLOCK_N - 40
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 18 * length:
         pytest.skip("18 bytes for each of 2^31 parameters do not fit this GPU")
     buffers = [torch.empty(length, device=DEVICE) for _ in range(4)]
     weights = torch.empty(length, dtype=torch.bfloat16, device=DEVICE)
-    ends = [buffer[-BLOCK - 5 :] for buffer in buffers]
+    ends = [buffer[-BLOCK_N - 5 :] for buffer in buffers]
     for number, end in enumerate(ends):
         end.copy_(normal(len(end), seed=number).abs())
     short = [end.clone() for end in ends]
@@ -178,7 +171,7 @@ def test_a_buffer_past_two_to_the_31_elements_is_addressed(monkeypatch: pytest.M
     launch(*buffers, weights, 2, control=control(1.0), **OPTIONS)
     for end, expected in zip(ends, short, strict=True):
         torch.testing.assert_close(end, expected, rtol=1e-6, atol=0)
-    assert torch.equal(weights[-BLOCK - 5 :], rounded(ends[0], torch.bfloat16))
+    assert torch.equal(weights[-BLOCK_N - 5 :], ends[0].to(torch.bfloat16))
 
 
 def run_programs(which: range, monkeypatch: pytest.MonkeyPatch) -> None:

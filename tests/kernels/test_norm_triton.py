@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from engine.kernels import norm
-from engine.kernels.norm import add_layer_norm, add_rms_norm, apex_norm, layer_norm, rms_norm, wide
+from engine.kernels.language import wide
+from engine.kernels.norm import add_layer_norm, add_rms_norm, apex_norm, layer_norm, rms_norm
+from engine.kernels.norm.backward import backward
+from engine.kernels.norm.forward import forward
+from engine.kernels.norm.rows import addressed
 from tests.kernels.rule import DEVICE, FLOATS, assert_as_good, assert_repeats, crossed, needs_triton, normal, run
 
 pytestmark = needs_triton
@@ -190,7 +194,7 @@ def test_bits_repeat(kind: str, shape: tuple[int, ...]) -> None:
 def test_heads_of_q_are_read_where_they_lie() -> None:
     qkv = torch.empty(2, 3, 8, 64)
     q, _, v = qkv.split([4, 2, 2], 2)
-    group, found, strides = norm._addressed(q, None, v.flatten(0, 1)[:, :1])
+    group, found, strides = addressed(q, None, v.flatten(0, 1)[:, :1])
     assert group == 4 and found[0] is q and found[1] is None
     assert strides[0] == (8 * 64, 64) and strides[2] == (4 * 8 * 64, 8 * 64)
 
@@ -204,12 +208,12 @@ def test_offsets_beyond_31_bits() -> None:
     x.copy_(small)
     grad.copy_(small_grad)
     weight, bias = normal(40, seed=2).bfloat16(), normal(40, seed=3).bfloat16()
-    for found, wanted in zip(norm.forward(x, grad, weight, bias, EPS),
-                             norm.forward(small, small_grad, weight, bias, EPS), strict=True):
+    for found, wanted in zip(forward(x, grad, weight, bias, EPS),
+                             forward(small, small_grad, weight, bias, EPS), strict=True):
         assert torch.equal(found, wanted)
-    _, _, mean, rstd = norm.forward(small, None, weight, bias, EPS)
-    for found, wanted in zip(norm.backward(grad, x, x, weight, bias, mean, rstd),
-                             norm.backward(small_grad, small, small, weight, bias, mean, rstd), strict=True):
+    _, _, mean, rstd = forward(small, None, weight, bias, EPS)
+    for found, wanted in zip(backward(grad, x, x, weight, bias, mean, rstd),
+                             backward(small_grad, small, small, weight, bias, mean, rstd), strict=True):
         assert torch.equal(found, wanted)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels.language import INTERPRETING, jit, tl
-from tests.kernels.rule import APPROXIMATE, DEVICE, assert_as_good, bound, needs_triton, normal
+from engine.kernels.language import INTERPRETING, jit, rounded, tl
+from tests.kernels.rule import APPROXIMATE, DEVICE, FLOATS, assert_as_good, bound, needs_triton, normal
 
 
 @jit
@@ -36,6 +36,25 @@ def test_a_32_bit_integer_that_overflows_is_an_error_and_a_64_bit_one_is_none(op
         combine(torch.int32, b)
     assert combine(torch.int64, b) == exact[operation]
     assert combine(torch.int32, 0) == (0 if operation == "mul" else a)
+
+
+@jit
+def _round(x, y, count, BLOCK_N: tl.constexpr):
+    offs = tl.arange(0, BLOCK_N)
+    value = tl.load(x + offs, mask=offs < count)
+    tl.store(y + offs, rounded(value, y.dtype.element_ty), mask=offs < count)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_rounding_of_every_store_is_that_of_torch(dtype: torch.dtype) -> None:
+    ties = [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11]  # half way, in bf16 and in fp16
+    edges = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65519.0, -65520.0, 3.39e38, -2e-38, 6e-8]
+    values = torch.tensor(ties + [-tie for tie in ties] + edges, dtype=torch.float32)
+    x = torch.cat([values, torch.randn(400, generator=torch.Generator().manual_seed(0)) * 100]).to(DEVICE)
+    y = torch.empty(len(x), dtype=dtype, device=DEVICE)
+    _round[(1,)](x, y, len(x), BLOCK_N=512)
+    torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_result_or_a_gradient_that_is_wrong_is_seen() -> None:

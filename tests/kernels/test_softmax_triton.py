@@ -99,7 +99,9 @@ def test_infinite_scores_that_are_not_seen_do_no_harm() -> None:
 @crossed(masked=[False, True], dtype=[torch.float32, torch.bfloat16])
 def test_rows_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, causal: bool,
                                  masked: bool) -> None:
-    monkeypatch.setattr(softmax, "WIDEST", 64)  # tiles of 32 keys
+    monkeypatch.setattr(softmax, "WIDEST", 64)
+    monkeypatch.setattr(softmax, "TILES", ((64, 2),))
+    monkeypatch.setattr(softmax, "STEP_N", 32)
     hold(normal(2, 1, 5, 301, scale=3.0), dtype, mask=mask_of(2, 1, 1, 301) if masked else None, causal=causal)
 
 
