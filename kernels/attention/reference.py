@@ -12,11 +12,9 @@ from engine.kernels.attention.documents import Documents
 from engine.kernels.language import wide
 from engine.kernels.softmax import scaled_masked_softmax
 
-Packed = Documents | None
-
 
 def seen(q: torch.Tensor, k: torch.Tensor, causal: bool, window: int | None,
-         documents: Packed) -> torch.Tensor | None:
+         documents: Documents | None) -> torch.Tensor | None:
     """True where a query may look, [batch or 1, 1, seq, keys]; None where it may look everywhere."""
     (batch, _, seq, _), keys = q.shape, k.shape[2]
     ahead = torch.arange(keys, device=q.device) - torch.arange(keys - seq, keys, device=q.device).unsqueeze(1)
@@ -33,7 +31,7 @@ def seen(q: torch.Tensor, k: torch.Tensor, causal: bool, window: int | None,
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int | None = None,
-         documents: Packed = None, scale: float | None = None) -> torch.Tensor:
+         documents: Documents | None = None, scale: float | None = None) -> torch.Tensor:
     """Torch's scaled_dot_product_attention, which knows causality itself where queries and keys are as many."""
     grouped = q.shape[1] != k.shape[1]
     one = q.shape[2] == 1 and causal  # the last of the keys' positions sees them all
@@ -47,7 +45,7 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int | None = None,
-              documents: Packed = None, scale: float | None = None, softmax: str = "torch") -> torch.Tensor:
+              documents: Documents | None = None, scale: float | None = None, softmax: str = "torch") -> torch.Tensor:
     """The formula, written out; the softmax, by "torch" or "triton", never below fp32, and 0 where nothing is seen."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -57,7 +55,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, w
 
 
 def statistics(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int | None = None,
-               documents: Packed = None, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+               documents: Documents | None = None, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """y and the logarithm of each query's sum of exponentials [batch, heads, seq], -inf where nothing is seen."""
     group = q.shape[1] // k.shape[1]
     y = reference(q, k, v, causal, window, documents, scale)
