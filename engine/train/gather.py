@@ -45,7 +45,7 @@ def gathered(job: Job, place: Place, before: Callable[[], None] = lambda: None) 
     store.set_timeout(timedelta(seconds=limits.last))
     try:
         with watch.heart.waits():
-            refuse_another_run(job.config, job.data, place.rank, place.world, store)
+            refuse_another_run(job.config, job.data, place.rank, place.world, store, job.start.content())
         before()
         with watch.heart.waits():
             mesh = _mesh(job, limits, place, store, watch.heart)

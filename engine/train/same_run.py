@@ -19,12 +19,13 @@ PLACES = ("out", "load", "data", "valid_data", "tokenizer")
 is written."""
 
 
-def refuse_another_run(config: RunConfig, data: Fingerprint, rank: int, world: int, store: dist.Store) -> None:
+def refuse_another_run(config: RunConfig, data: Fingerprint, rank: int, world: int, store: dist.Store,
+                       start: Mapping[str, Any] | None = None) -> None:
     """Returns when all ranks were asked for the same run. Raises UserError, with the first flag that differs, on a rank
-    that was asked for another run than rank 0.
+    that was asked for another run than rank 0. `start` is `Start.content`: what the weights are taken from.
 
     By the store, before the process group: ranks of different layouts do not even build the same groups."""
-    mine = json.dumps({"flags": _flags(config), "data": [_content(one) for one in data]})
+    mine = json.dumps({"flags": _flags(config), "data": [_content(one) for one in data], "start": start or {}})
     if rank == 0:
         store.set(KEY, mine)
         others = [f"{KEY}/{other}" for other in range(1, world)]
@@ -42,7 +43,18 @@ def refuse_another_run(config: RunConfig, data: Fingerprint, rank: int, world: i
     if own["data"] != theirs["data"]:
         raise UserError(f"rank {rank} reads other data than rank 0: {shown(own['data'], 300)}, not "
                         f"{shown(theirs['data'], 300)}; bring the same files to every machine")
+    if own["start"] != theirs["start"]:
+        raise UserError(f"rank {rank} would start from {_named(own['start'])}, and rank 0 from "
+                        f"{_named(theirs['start'])}, and these are not the same; give --load a folder that no run "
+                        "writes, such as one step's, with the same files on every machine")
     store.set(f"{KEY}/{rank}", "")
+
+
+def _named(start: Mapping[str, Any]) -> str:
+    """What a rank starts from, in a few words."""
+    if not start:
+        return "new weights"
+    return f"a checkpoint of step {start['step']}" if "step" in start else "a Hugging Face folder"
 
 
 def _flags(config: RunConfig) -> dict[str, Any]:

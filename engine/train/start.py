@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from engine.train.schedule import learning_rate
 
 ONE_RUN = ("stop_after", "resume", "resume_from", "out", "new_data", "verify_data")
 """What was asked of the run that wrote a checkpoint, and not of the one that resumes it."""
+
+ENDS = 1 << 20
+"""Bytes at the end of a weight file by which it is known."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,25 @@ class Start:
         if self.checkpoint is not None:
             return self.checkpoint.run_config().model
         return read_config(self.weights.folder) if self.weights is not None else None
+
+    def content(self) -> dict[str, Any]:
+        """What tells these weights from others, wherever they lie. Each rank looks for them by itself: it must not
+        find a checkpoint that a run has written since the others looked."""
+        if self.checkpoint is not None:
+            sums = repr(sorted(self.checkpoint.tensors.items()))  # with the checksum of each slice
+            return {"step": self.checkpoint.step, "crc32": zlib.crc32(sums.encode())}
+        return {"files": _ends(self.weights.folder)} if self.weights is not None else {}
+
+
+def _ends(folder: Path) -> dict[str, list[int]]:
+    """Size of each weight file of a Hugging Face folder, and the crc32 of its end: other weights end differently."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - ENDS))
+            found[path.name] = [size, zlib.crc32(file.read())]
+    return found
 
 
 def find_start(under: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Values, Start]:

@@ -6,14 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import runs
 
+from engine.checkpoint import Checkpoint, Resolved
+from engine.checkpoint.manifest import LogicalTensor, Manifest, Slice
 from engine.config.flags import build
 from engine.errors import UserError
 from engine.train.same_run import refuse_another_run
+from engine.train.start import Start
 
 DATA = [{"path": "/here/corpus", "tokens": 2000, "bin_crc32": 7}]
 
@@ -42,6 +47,32 @@ def test_a_rank_with_a_stale_copy_of_the_data_is_refused(store: dist.Store) -> N
     refuse_another_run(build({}), DATA, 0, 1, store)
     with pytest.raises(UserError, match="rank 3 reads other data than rank 0"):
         refuse_another_run(build({}), [{**DATA[0], "bin_crc32": 8}], 3, 4, store)
+
+
+def test_ranks_that_found_different_steps_of_a_moving_run_are_refused(store: dist.Store) -> None:
+    refuse_another_run(build({}), (), 0, 1, store, {"step": 10, "crc32": 7})
+    refuse_another_run(build({}), (), 1, 3, store, {"step": 10, "crc32": 7})
+    with pytest.raises(UserError, match=r"rank 2 would start from a checkpoint of step 11, and rank 0 from a "
+                                        r"checkpoint of step 10, .*; give --load a folder that no run writes"):
+        refuse_another_run(build({}), (), 2, 3, store, {"step": 11, "crc32": 8})
+
+
+@pytest.mark.parametrize("kind", ["engine", "hf"])
+def test_what_a_run_starts_from_is_known_by_its_content(tmp_path: Path, kind: str) -> None:
+    found = []
+    for name, value in (("first", 1.0), ("copy", 1.0), ("other", 2.0)):
+        folder = tmp_path / name
+        if kind == "hf":
+            folder.mkdir()
+            (folder / "config.json").write_text("{}")
+            save_file({"x": torch.full((4,), value)}, folder / "model.safetensors")
+            found.append(Start(Resolved("hf", folder)).content())
+        else:
+            slices = (Slice("rank-00000.safetensors", "x[0:4]", (0,), (4,), int(value)),)
+            manifest = Manifest(3, {}, {}, {}, {"model/x": LogicalTensor((4,), "fp32", slices)})
+            found.append(Start(checkpoint=Checkpoint(folder, manifest, {})).content())
+    assert found[0] == found[1] != found[2]
+    assert Start().content() == {}
 
 
 @pytest.mark.slow
