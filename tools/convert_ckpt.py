@@ -13,10 +13,10 @@ from engine.quiet import end_quietly  # noqa: E402
 if __name__ == "__main__":
     end_quietly()  # before the imports, which take seconds
 
-from engine.checkpoint import DTYPES  # noqa: E402
+from engine.checkpoint import DTYPES, resolve  # noqa: E402
 from engine.config.command import Command, real  # noqa: E402
 from engine.errors import UserError, run_cli  # noqa: E402
-from engine.hf.convert import convert  # noqa: E402
+from engine.hf.convert import check_output, convert  # noqa: E402
 from engine.hf.verify import verify  # noqa: E402
 
 
@@ -39,12 +39,14 @@ def main(argv: list[str]) -> int:
     if not 0 < options.shard_gb <= 5:
         raise UserError(f"--shard-gb {options.shard_gb} must be above 0 and at most 5")
     start = time.perf_counter()
-    to = convert(options.load, options.save, to=options.to, dtype=options.dtype,
+    check_output(options.load, options.save)
+    found = resolve(options.load)  # once: a run that goes on there may have another latest step when it is verified
+    to = convert(found.folder, options.save, to=options.to, dtype=options.dtype,
                  shard_bytes=int(options.shard_gb * 1e9), say=lambda line: print(line, flush=True), force=options.force)
     print(f"{options.save}: {'a Hugging Face folder' if to == 'hf' else 'a run folder'}, made in "
           f"{time.perf_counter() - start:.1f} s", flush=True)
     if options.verify:
-        return 0 if verify(options.load, options.save, options.dtype, lambda line: print(line, flush=True)) else 1
+        return 0 if verify(found.folder, options.save, options.dtype, lambda line: print(line, flush=True)) else 1
     return 0
 
 

@@ -6,7 +6,8 @@ import fcntl
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import UserError
@@ -22,15 +23,56 @@ HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """What an HF folder with weights holds, either of them."""
 LOCK = ".lock"
 """A file of the run folder, locked as long as a run writes there."""
+TRIES = 20
+"""How often a reader looks for the latest step of a run that deletes each before it is held."""
 _STEP = re.compile(r"step-(\d{8,})")
+
+
+class Hold:
+    """A lock on a step folder that many readers may have at once and `prune` respects; it ends with the object."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FileNotFoundError where the step is gone, or is about to go."""
+        path = folder / MANIFEST
+        self.handle: int | None = None
+        try:
+            self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(self.handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            raise
+        except BlockingIOError:
+            self.release()
+            raise FileNotFoundError(path) from None
+        except OSError:
+            return  # a file system without locks; who cannot read the manifest is told so when he opens it
+        if not os.path.samestat(os.fstat(self.handle), os.stat(path)):
+            self.release()
+            raise FileNotFoundError(path)
+
+    def release(self) -> None:
+        """Ends the lock, in forked processes too."""
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
+
+    __del__ = release
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a path is: `kind` "run" or "step" (then `folder` is the step folder), or "hf"."""
+    """What a path is: `kind` "run" or "step" (then `folder` is the step folder), or "hf". As long as it lives, or until
+    `release`, no run's --keep deletes the step."""
 
     kind: str
     folder: Path
+    hold: Hold | None = field(default=None, repr=False, compare=False)
+
+    def release(self) -> None:
+        """Lets the step be deleted: all of it has been read."""
+        if self.hold is not None:
+            self.hold.release()
 
 
 def step_name(step: int) -> str:
@@ -83,13 +125,13 @@ def resolve(path: Path | str) -> Resolved:
     if (folder / MANIFEST).is_file():
         if folder.parent.name == "checkpoints":
             repair(folder.parent.parent)
-        return Resolved("step", folder)
+        try:
+            return Resolved("step", folder, Hold(folder))
+        except FileNotFoundError:
+            raise UserError(f"{folder} is being deleted by the run that wrote it; take a later step") from None
     if (folder / "checkpoints").is_dir():
         repair(folder)
-        step = latest_step(folder)
-        if step is None:
-            raise UserError(f"{folder} is a run folder without a checkpoint")
-        return Resolved("run", step)
+        return _latest_held(folder)
     if (folder / "config.json").is_file() and any((folder / name).exists() for name in HF_WEIGHTS):
         return Resolved("hf", folder)
     for pattern in ("*.bin", "*.pt", "*.pth"):
@@ -98,6 +140,19 @@ def resolve(path: Path | str) -> Resolved:
                             "save the model as safetensors")
     raise UserError(f"{folder} is not a checkpoint: it has neither checkpoints/, {MANIFEST}, nor config.json with "
                     f"{' or '.join(HF_WEIGHTS)}")
+
+
+def _latest_held(run: Path) -> Resolved:
+    """A run folder's latest step, though a run may be writing there, and deleting what was the latest a moment ago."""
+    for remaining in reversed(range(TRIES)):
+        try:
+            step = latest_step(run)
+            if step is not None:
+                return Resolved("run", step, Hold(step))
+        except (FileNotFoundError, UserError):
+            if not remaining:
+                raise
+    raise UserError(f"{run} is a run folder without a checkpoint")
 
 
 def announce(root: Path, folder: str) -> None:
@@ -163,15 +218,29 @@ def go_back(root: Path, step: int) -> None:
 
 
 def prune(root: Path, keep: int, latest: Path) -> None:
-    """Deletes all but the newest `keep` step folders (0 keeps all), never `latest`; what resists stays."""
+    """Deletes all but the newest `keep` step folders (0 keeps all), never `latest`. What somebody reads stays until a
+    later save; so does what resists."""
     for folder in list(step_folders(root).values())[:-keep] if keep else []:
         if folder != latest:
             gone = root / f"{OLD}{folder.name}"
             try:
-                os.rename(folder, gone)  # first out of sight: a half-deleted step must not look like one
+                _rename_unread(folder, gone)  # first out of sight: a half-deleted step must not look like one
             except OSError:
                 continue
             shutil.rmtree(gone, ignore_errors=True)
+
+
+def _rename_unread(folder: Path, target: Path) -> None:
+    """Renames a step folder. Raises BlockingIOError where somebody holds it."""
+    with ExitStack() as stack:
+        try:
+            manifest = stack.enter_context(open(folder / MANIFEST, "rb+"))  # NFS locks what can be written
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # a file system without locks, or a file that may not be written: nobody is known to read
+        os.rename(folder, target)
 
 
 def sync(path: Path) -> None:

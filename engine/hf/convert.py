@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.dtypes import DTYPES, dtype_name
-from engine.checkpoint.folders import HF_WEIGHTS, resolve, sync
+from engine.checkpoint.folders import HF_WEIGHTS, Resolved, resolve, sync
 from engine.checkpoint.load import open_checkpoint
 from engine.checkpoint.save import alone, save_parts
 from engine.checkpoint.slices import Part
@@ -49,6 +49,8 @@ class Model:
     assets: Assets
     folder: Path
     nonfinite: set[str] = field(default_factory=set)
+    found: Resolved | None = None
+    """Keeps the run that wrote the checkpoint from deleting it."""
 
     def dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
         """The format a tensor is written in."""
@@ -79,7 +81,7 @@ def open_model(path: Path | str) -> Model:
     # A model whose head is tied has none; a checkpoint that holds one contradicts its config and is refused here.
     match_names(str(found.folder), checkpoint.source().shapes, logical_shapes(config))
     assets: Assets = {name: checkpoint.assets / name for name in checkpoint.manifest.assets}
-    return Model("engine", config, checkpoint.source(), assets, checkpoint.assets)
+    return Model("engine", config, checkpoint.source(), assets, checkpoint.assets, found=found)
 
 
 def _hf_assets(folder: Path, config: ModelConfig) -> Assets:

@@ -113,6 +113,8 @@ class _Session:
         self.engine.optimizer.gather()  # each dp rank has read its own rows
         self.feed = agreed(lambda: make_feed(job, mesh, self.origin), mesh, job.device)
         self.assets = self._assets() if place.rank == 0 and self.out is not None else {}
+        if job.start.weights is not None:
+            job.start.weights.release()  # all of it has been read, and this run may take weeks
         self.lines: list[JsonLines] = []
         self.saving: BackgroundSave | None = None
         if self.out is not None:
