@@ -299,7 +299,7 @@ def step(report: Report) -> None:
 
 
 def check_save(engine: Engine) -> str:
-    """What is written while steps change the state is the state as it was."""
+    """What is written while a step changes the state is the state as it was."""
     train(engine, 1)
     kept = [entry.tensor.clone() for entry in engine.optimizer.entries()]
     told: list[Saved] = []
@@ -308,7 +308,7 @@ def check_save(engine: Engine) -> str:
         engine.rider = saver
         meta = {"samples": 0, "config": to_dict(engine.config), "world": {}, "optimizer_steps": 1}
         saver.save(1, engine.optimizer.entries(), meta=meta, assets={})
-        train(engine, 2)
+        train(engine, 1)
         saver.finish()
         entries = list(engine.optimizer.entries())
         open_checkpoint(told[0].folder).load(entries, expected=logical_shapes(engine.config.model))

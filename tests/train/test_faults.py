@@ -257,7 +257,7 @@ def ends(run: Run) -> list[str]:
     (runs.torchrun, "save", [], "save at step 6")])  # the next save waits for one that is written beside training
 def test_a_rank_that_hangs_anywhere_is_named(start: Callable[..., Run], data: list[str], faulty: list[str],
                                              form: Callable[..., Run], fault: str, more: list[str], where: str) -> None:
-    flags = [*PAIR, *ENDLESS, "--save-every", "3", *data, "--timeout", "6", "--save-timeout", "20", *more]
+    flags = [*PAIR, *ENDLESS, "--save-every", "3", *data, "--timeout", "10", "--save-timeout", "20", *more]
     run = start(form, f"hangs-{fault}-{form.__name__}", flags, world=2, program=faulty, env={"FAULT": fault, "AT": "1"})
     assert_hang(run, 1, where)
 
