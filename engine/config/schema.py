@@ -156,7 +156,7 @@ class SaveConfig:
     """Train on only when a checkpoint is on the disk. Else a copy of the state is taken in the machine's memory, and
     written while the next steps train."""
     keep: int = 0
-    """Checkpoints kept, newest first; 0 keeps all."""
+    """Checkpoints kept, newest first; 0 keeps all. After a skipped step none is deleted."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates only at the end, when there is held-back data."""
     eval_samples: int = 64

@@ -65,11 +65,11 @@ class Evaluate:
 
 @dataclass
 class Save:
-    """Saves a checkpoint every so many steps and at the end. `save(wait)` returns when it stands on the disk where
-    `wait` is set, else when training may go on."""
+    """Saves a checkpoint every so many steps and at the end. `save(wait, skipped)` returns when it stands on the disk
+    where `wait` is set, else when training may go on; `skipped` says that the step moved no weight."""
 
     every: int
-    save: Callable[[bool], None]
+    save: Callable[[bool, bool], None]
     wait: bool = False
     """After every one; after the last one it is waited for anyway."""
     heart: Heart = field(default_factory=Heart)
@@ -77,7 +77,7 @@ class Save:
     def after_step(self, record: StepRecord, last: bool) -> None:
         if last or (self.every and record.step % self.every == 0):
             self.heart.enter(Phase.SAVE)
-            self.save(last or self.wait)
+            self.save(last or self.wait, record.skipped)
 
 
 def metrics_line(record: StepRecord) -> dict[str, Any]:

@@ -214,23 +214,25 @@ class _Session:
         return {"step": record.step, "first": self.origin + (record.step - 1) * count, "count": count,
                 "crc": record.crc}
 
-    def _save(self, wait: bool) -> None:
+    def _save(self, wait: bool, skipped: bool) -> None:
         """Saves this step: at once, or by `saving` while the next steps train."""
         assert self.out is not None and self.saving is not None
         job, engine = self.job, self.engine
+        # Weights that give NaN may be broken for good: what was saved before is then all that is left of the run.
+        keep = 0 if skipped else job.config.save.keep
         meta = {"samples": self.origin + engine.step * job.config.batch.global_batch, "config": to_dict(job.config),
                 "world": vars(job.layout), "optimizer_steps": engine.optimizer.steps,
                 "tokenizer": job.tokenizer.hash if job.tokenizer else None, "data": list(job.data)}
         if not wait:
             self.saving.save(engine.step, engine.optimizer.entries(), meta=meta, assets=self.assets,
-                             keep=job.config.save.keep, before=self._sync_lines)
+                             keep=keep, before=self._sync_lines)
             return
         self.saving.finish()
         start = time.perf_counter()
         self._sync_lines()
         folder = save_checkpoint(
             self.out / "checkpoints", engine.step, engine.optimizer.entries(), rank=self.place.rank,
-            world=self.place.world, agree=engine.agree, meta=meta, assets=self.assets, keep=job.config.save.keep)
+            world=self.place.world, agree=engine.agree, meta=meta, assets=self.assets, keep=keep)
         self.say(f"saved {folder} in {time.perf_counter() - start:.2f} s")
 
     def _sync_lines(self) -> None:

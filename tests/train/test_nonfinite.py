@@ -19,7 +19,7 @@ import runs
 import toys
 
 from engine import pretrain
-from engine.checkpoint import latest_step, open_checkpoint
+from engine.checkpoint import latest_step, open_checkpoint, step_folders
 from engine.parallel.executor import Executor
 from engine.train.engine import Engine
 
@@ -110,6 +110,14 @@ def test_a_run_that_is_stopped_beside_a_skipped_step_resumes_bit_equal(train: Ca
     assert train("parts", *skip, "--stop-after", "3", bad=(3,)) == 0
     assert train("parts", *skip, "--resume", bad=(3,)) == 0
     runs.assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_no_checkpoint_is_deleted_while_steps_are_skipped(train: Callable[..., int], tmp_path: Path) -> None:
+    flags = ("--skip-nonfinite", "3", "--save-every", "1", "--keep", "1")
+    assert train("lost", *flags, bad=(3, 4, 5)) == 1
+    assert list(step_folders(tmp_path / "lost" / "checkpoints")) == [2, 3, 4], "the last weights that were sound"
+    assert train("found", *flags, bad=(3, 4)) == 0
+    assert list(step_folders(tmp_path / "found" / "checkpoints")) == [8]
 
 
 @pytest.mark.parametrize(("flags", "bad", "words"), [

@@ -312,7 +312,7 @@ def test_a_callback_that_hangs_has_the_limit_of_a_step_and_its_name_and_a_save_t
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     waiting, slow = watches = pair(Limits(2.0, 1000.0))
     waiting.heart.waiting = True
-    save = Save(1, lambda: time.sleep(10 * SECONDS), (), slow.heart)
+    save = Save(1, lambda wait, skipped: time.sleep(10 * SECONDS), False, slow.heart)
     one_step(slow.heart, save)
     assert until(lambda: slow.heart.phase is Phase.SAVE)
     time.sleep(4.0)
