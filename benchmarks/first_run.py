@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -382,7 +383,9 @@ def main() -> int:
     report = Report()
     try:
         for part in given.parts or ["ops", "step", "full"]:
-            {"ops": ops, "step": step, "full": lambda report: full(report, given.save)}[part](report)
+            body = {"ops": ops, "step": step, "full": lambda report: full(report, given.save)}[part]
+            # What a part prepares between its checks may fail too, for want of memory: the next part runs all the same.
+            report.check(f"{part} came to its end", partial(body, report))
     finally:
         if given.save is not None:
             keep("first_run", {"checks": report.checks, "machine": machine()}, given.save)

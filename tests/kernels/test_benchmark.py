@@ -322,6 +322,24 @@ def test_the_first_run_on_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     assert len(checks) > 25 and {check["how"] for check in checks} == {"PASS"}
 
 
+def test_a_part_of_the_first_run_that_cannot_be_prepared_does_not_end_the_others(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["first_run.py", "--tiny", "--save", str(tmp_path)])
+    room = load("first_run")
+
+    def short(*shape: int) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(room, "normal", short)
+    monkeypatch.setattr(room, "step", lambda report: report.check("a step", lambda: "done"))
+    monkeypatch.setattr(room, "full", lambda report, save: None)
+    assert room.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "failed: ops came to its end"
+    checks = json.loads((tmp_path / "first_run.json").read_text())["checks"]
+    assert [check["how"] for check in checks if check["name"] in ("a step", "full came to its end")] == ["PASS"] * 2
+
+
 def test_what_the_sanitizer_said_is_told_in_a_line(sanitize: ModuleType) -> None:
     said = "========= COMPUTE-SANITIZER\ncase norm, 8 x 8, bf16\ncase rope, 9, bf16\n"
     assert sanitize.verdict("memcheck", 0, said + "all cases\n", 270) == ("memcheck: nothing found in 2 cases", False)
