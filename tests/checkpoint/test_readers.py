@@ -21,6 +21,7 @@ from engine.checkpoint.load import Checkpoint
 from engine.errors import UserError
 from engine.hf import verify
 from engine.train import run as running
+from engine.train.lock import RunLock
 from tools import convert_ckpt
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
@@ -46,9 +47,10 @@ def test_the_latest_step_of_a_run_that_goes_on_can_be_read(tmp_path: Path) -> No
 
     def write() -> None:
         step = 1
-        while not ended.is_set():
-            step += 1
-            save(root, step, [rank], keep=1)
+        with RunLock(tmp_path):  # as a run has it: else readers tidy up after it
+            while not ended.is_set():
+                step += 1
+                save(root, step, [rank], keep=1)
 
     writer = threading.Thread(target=write)
     writer.start()
