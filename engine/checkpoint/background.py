@@ -19,6 +19,7 @@ import torch
 
 from engine.checkpoint.save import Agree, Assets, SaveWork, parts_of
 from engine.checkpoint.slices import Entry, Part
+from engine.errors import UserError
 
 ALIGNMENT = 64
 """Bytes at a multiple of which each copied tensor begins."""
@@ -221,8 +222,14 @@ class Staging:
             self.memory = torch.empty(0, dtype=torch.uint8)  # first: both at once may be more than there is
             try:
                 self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
-            except RuntimeError:  # the system pins no more memory: a slower copy will do
+                return
+            except RuntimeError:
+                pass  # perhaps the system only pins no more memory: a slower copy will do
+            try:
                 self.memory = torch.empty(size, dtype=torch.uint8)
+            except RuntimeError:
+                raise UserError(f"the machine has no {size / 1e6:,.0f} MB of main memory for a copy of this rank's "
+                                "state; use --save-wait, which takes none") from None
 
 
 def _places(parts: Sequence[Part]) -> list[int]:

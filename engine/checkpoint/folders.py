@@ -103,7 +103,7 @@ def latest_step(run: Path) -> Path | None:
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{pointer} cannot be read: {error}") from None
+            raise UserError(f"{pointer} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         folder = root / word
         if _STEP.fullmatch(word) and (folder / MANIFEST).is_file():
             return folder

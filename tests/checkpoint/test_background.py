@@ -146,6 +146,23 @@ def test_a_save_that_is_given_up_leaves_nothing_half_written(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_machine_without_memory_for_the_copy_is_told_of_save_wait(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    [rank] = build(ONE_LAYER, (1, 1, 1))
+    training = Training(tmp_path, rank, 0, Talk(1))
+    sound = torch.empty
+
+    def empty(size: int, **named: object) -> torch.Tensor:
+        if size:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return sound(size, **named)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(background.torch, "empty", empty)
+    with pytest.raises(UserError, match=r"has no \d+ MB of main memory for a copy .*; use --save-wait"):
+        training.run(3, (1,))
+    assert not list(tmp_path.iterdir())
+
+
 # Deaths ---------------------------------------------------------------------------------------------------------------
 
 CALLS = ("fsync", "rename", "replace", "rmdir", "write")
