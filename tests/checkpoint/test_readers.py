@@ -68,6 +68,13 @@ def test_the_latest_step_of_a_run_that_goes_on_can_be_read(tmp_path: Path) -> No
     assert len(set(read)) > 5
 
 
+def test_a_file_system_that_numbers_files_anew_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [rank] = build(TINY, (1, 1, 1))
+    save(tmp_path / "checkpoints", 1, [rank])
+    monkeypatch.setattr("os.path.samestat", lambda *given: False)
+    assert resolve(tmp_path).folder.name == "step-00000001"
+
+
 def test_a_pointer_to_nothing_is_still_an_error(tmp_path: Path) -> None:
     root, [rank] = tmp_path / "checkpoints", build(TINY, (1, 1, 1))
     save(root, 1, [rank])
