@@ -45,7 +45,8 @@ UNREAD: Mapping[str, str] = MappingProxyType({
     **dict.fromkeys(("data", "valid_data", "new_data", "verify_data", "split", "ignore_keys", "tokenizer",
                      "chat_template", "load", "resume", "resume_from"),
                     "verification trains on tokens and weights made from --seed"),
-    **dict.fromkeys(("out", "save_every", "keep", "log_every", "peak_tflops"), "verification writes nothing"),
+    **dict.fromkeys(("out", "save_every", "save_wait", "keep", "log_every", "peak_tflops"),
+                    "verification writes nothing"),
     **dict.fromkeys(("eval_every", "eval_samples"), "verification evaluates nothing"),
     "skip_nonfinite": "verification compares every step",
     **dict.fromkeys(("stop_after", "epochs", "requeue_exit"), "verification runs all of --steps")})

@@ -28,7 +28,9 @@ IDLE = (
          "--valid-data is given, so nothing of --data is held back; leave one of them out"),
     Idle(("eval_every", "eval_samples"), lambda c: not c.data.valid_data and not c.data.split,
          "nothing is held back to evaluate; give --valid-data or --split"),
-    Idle(("save_every", "keep"), lambda c: not c.save.out, "nothing is saved without --out"),
+    Idle(("save_every", "save_wait", "keep"), lambda c: not c.save.out, "nothing is saved without --out"),
+    Idle(("save_wait",), lambda c: not c.save.save_every, "without --save-every only the last step is saved, and that "
+                                                          "is waited for anyway"),
     Idle(("new_data",), lambda c: not c.save.resume, "it goes with --resume; a new run takes any data"),
     Idle(("min_lr",), lambda c: c.optimizer.decay == "constant", "--decay constant never goes down to it"),
     Idle(("init_std",), lambda c: bool(c.save.load), "the weights are those of --load, and none is drawn"),

@@ -74,7 +74,9 @@ def test_another_entry_point_s_config_is_taken_and_what_is_left_out_is_named(
 @pytest.mark.parametrize(("flags", "words"), [
     ("--eval-every 5", "--eval-every 5: nothing is held back to evaluate; give --valid-data or --split"),
     ("--split 0.1 --valid-data {corpus}", "--split 0.1: --valid-data is given, so nothing of --data is held back"),
-    ("--save-every 5", "--save-every 5: nothing is saved without --out"), ("--new-data", "it goes with --resume"),
+    ("--save-every 5", "--save-every 5: nothing is saved without --out"),
+    ("--save-wait", "nothing is saved without --out"), ("--out never --save-wait", "that is waited for anyway"),
+    ("--new-data", "it goes with --resume"),
     ("--decay constant --min-lr 1e-6", "--decay constant never goes down to it"),
     ("--epochs 2 --steps 10", "--epochs 2 and --steps 10 both say how long the run is"),
     ("--world-size 4", "--world-size 4 is for --check and --dry-run"),
