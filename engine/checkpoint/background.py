@@ -1,8 +1,9 @@
 """Saving beside training: a copy of the state is taken during the next step, and a thread writes it.
 
 Weights and optimizer state change in the optimizer's update alone. So the copy is made while the next step runs forward
-and backward, and only its update waits for it. The phases of a save are agreed on by two numbers that travel in the
-message with which every step ends: no rank waits for another, and a save never sends a message of its own.
+and backward, and only its update waits for it. The ranks agree on the phases of a save by two numbers, which travel in
+the message with which every step ends. So no rank waits for another, unless the next save comes before this one has
+ended.
 """
 
 from __future__ import annotations

@@ -53,19 +53,14 @@ def save_parts(root: Path, step: int, parts: Iterable[Part], *, rank: int, world
     """`save_checkpoint` of parts that are read when they are written."""
     work = SaveWork(root, step, list(parts), rank=rank, world=world, meta=meta, assets=assets, keep=keep)
     for phase in work.phases:
-        error = attempt(phase)
+        error: Exception | None = None
+        try:
+            phase()
+        except Exception as raised:
+            error = raised
         if agree([float(error is not None)])[0]:
             raise work.failed(error, agree) from error
     return work.final
-
-
-def attempt(phase: Callable[[], None]) -> Exception | None:
-    """Does a phase; returns what went wrong."""
-    try:
-        phase()
-    except Exception as error:
-        return error
-    return None
 
 
 def alone(numbers: Sequence[float]) -> Sequence[float]:

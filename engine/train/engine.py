@@ -136,8 +136,8 @@ class Engine:
         self.mesh.heart.enter(Phase.OPTIMIZER)
         numbers = self._report(loss_sum, crc_of(batch), stop, self.optimizer.squares())
         self.rider.before_update()
-        self.optimizer.step(lr, self.optimizer.control(numbers[0], numbers[3]))
-        loss, crc, stops, norm2, *ridden = self._read(numbers)  # the device is at work on the update by now
+        self.optimizer.step(lr, self.optimizer.control(numbers[0], numbers[-1]))
+        loss, crc, stops, *ridden, norm2 = self._read(numbers)  # the device is at work on the update by now
         self.step += 1
         result = StepResult(loss / total, math.sqrt(norm2), lr, read, total, squares, int(crc), stops > 0)
         if result.finite:
@@ -161,7 +161,7 @@ class Engine:
 
     def _agreed_sums(self, loss: torch.Tensor, stop: bool) -> tuple[float, float]:
         """The loss and the wish to stop, summed as `_report` does between steps."""
-        loss_sum, _, stops, _, *ridden = self._read(self._report(loss, 0, stop))
+        loss_sum, _, stops, *ridden, _ = self._read(self._report(loss, 0, stop))
         self.rider.heard(*ridden)
         return loss_sum, stops
 
@@ -202,12 +202,12 @@ class Engine:
 
     def _report(self, loss: torch.Tensor, crc: int, stop: bool, squares: torch.Tensor | None = None) -> torch.Tensor:
         """Sums over the world, in one message, float64 [6] on the device: the loss (the last stage's, once a tp group),
-        the samples' checksum (once a dp rank), the wish to stop, the gradients' squares, and the rider's numbers."""
+        the samples' checksum (once a dp rank), the wish to stop, the rider's two numbers, the gradients' squares."""
         voice = self.mesh.tp == 0 and self.mesh.pp == self.mesh.size("pp") - 1
         own = loss.new_tensor([float(crc if voice else 0), float(stop), *self.rider.numbers()])
         squares = torch.zeros_like(loss) if squares is None else squares
         spoken = loss if voice else torch.zeros_like(loss)
-        return self._sum(torch.cat([spoken.view(1), own[:2], squares.view(1), own[2:]]))
+        return self._sum(torch.cat([spoken.view(1), own, squares.view(1)]))
 
     def agree(self, numbers: Sequence[float]) -> list[float]:
         """The sums of some numbers over all ranks; every rank calls it with as many."""

@@ -87,7 +87,8 @@ def prepare(request: Request, place: Place) -> Job:
         notes.append(f"no --data: taking the demo's, {shown(config.data.data)}")
     job = Job(config, layout, device, dtype, tokenizer, plan, kernels, start, (), notes, origin)
     if not switches.dry_run:
-        require_memory(plan, memory_here(device, place, switches))
+        assert capacity is not None, "only a dry run may plan for devices of another machine"
+        require_memory(plan, capacity)
         if missing is not None:
             raise missing
         data = request.entry.check_data(config)
