@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.attention.bounds import block_range, edge_block, key_range, query_range, schedule
+from engine.kernels.attention.bounds import block_range, edge_block, keys_of_block, query_range, schedule
 from engine.kernels.attention.tiles import (
     L2_BYTES,
     Tiles,
@@ -193,13 +193,8 @@ def _attn_bwd_dq(q, k, v, dy, lse2, delta, dq, start, end, q_strides, k_strides,
     if PACKED:
         start += batch * seq_q
         end += batch * seq_q
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    key_first, key_last = key_range(tl.minimum(offs_m, seq_q - 1), seq_q, seq_k, window, start, end, CAUSAL, WINDOW,
-                                    PACKED)
-    low_first, high_first = key_range(start_m, seq_q, seq_k, window, start, end, CAUSAL, WINDOW, PACKED)
-    low_last, high_last = key_range(tl.minimum(start_m + BLOCK_M, seq_q) - 1, seq_q, seq_k, window, start, end, CAUSAL,
-                                    WINDOW, PACKED)
-    n_min, full_min, full_max, n_max = block_range(low_first, low_last, high_first, high_last, BLOCK_N)
+    key_first, key_last, n_min, full_min, full_max, n_max = keys_of_block(
+        start_m, seq_q, seq_k, window, start, end, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, PACKED)
 
     q_tile = load_tile(head_of(q, batch, head, q_strides, DESCRIBED), batch, head, start_m, seq_q, q_strides, HEAD_DIM,
                        BLOCK_D, BLOCK_M, True, DESCRIBED)

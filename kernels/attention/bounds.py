@@ -76,6 +76,21 @@ def block_range(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr)
 
 
 @jit
+def keys_of_block(start_m, seq_q, seq_k, window, start, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr):
+    """What BLOCK_M queries from start_m on see: each one's first and last key, as in key_range, and the blocks of
+    BLOCK_N keys, as in block_range."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    key_first, key_last = key_range(tl.minimum(offs_m, seq_q - 1), seq_q, seq_k, window, start, end, CAUSAL, WINDOW,
+                                    PACKED)
+    low_first, high_first = key_range(start_m, seq_q, seq_k, window, start, end, CAUSAL, WINDOW, PACKED)
+    low_last, high_last = key_range(tl.minimum(start_m + BLOCK_M, seq_q) - 1, seq_q, seq_k, window, start, end, CAUSAL,
+                                    WINDOW, PACKED)
+    n_min, full_min, full_max, n_max = block_range(low_first, low_last, high_first, high_last, BLOCK_N)
+    return key_first, key_last, n_min, full_min, full_max, n_max
+
+
+@jit
 def edge_block(index, n_min, full_min, full_max):
     """The index-th of the blocks [n_min, full_min) and [full_max, n_max), so that one loop goes over both edges."""
     return tl.where(index < full_min - n_min, n_min + index, full_max + index - (full_min - n_min))

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from engine.kernels.attention.bounds import block_range, edge_block, key_range, schedule
+from engine.kernels.attention.bounds import edge_block, keys_of_block, schedule
 from engine.kernels.attention.tiles import L2_BYTES, Tiles, block_d, head_of, load_tile, source, store_tile, tiles_for
 from engine.kernels.language import LN2, cdiv, dot, jit, jit_counting, rounded, tl
 
@@ -104,12 +104,8 @@ def _attn_fwd(q, k, v, y, lse, start, end, q_strides, k_strides, v_strides, y_st
         start += batch * seq_q
         end += batch * seq_q
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    key_first, key_last = key_range(tl.minimum(offs_m, seq_q - 1), seq_q, seq_k, window, start, end, CAUSAL, WINDOW,
-                                    PACKED)
-    low_first, high_first = key_range(start_m, seq_q, seq_k, window, start, end, CAUSAL, WINDOW, PACKED)
-    low_last, high_last = key_range(tl.minimum(start_m + BLOCK_M, seq_q) - 1, seq_q, seq_k, window, start, end, CAUSAL,
-                                    WINDOW, PACKED)
-    n_min, full_min, full_max, n_max = block_range(low_first, low_last, high_first, high_last, BLOCK_N)
+    key_first, key_last, n_min, full_min, full_max, n_max = keys_of_block(
+        start_m, seq_q, seq_k, window, start, end, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, PACKED)
 
     q_tile = load_tile(head_of(q, batch, head, q_strides, DESCRIBED), batch, head, start_m, seq_q, q_strides, HEAD_DIM,
                        BLOCK_D, BLOCK_M, True, DESCRIBED)
