@@ -14,15 +14,15 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common import Contender, Stepper, keep, race, table
-from train_step import SHAPE
+from train_step import SHAPE, TOKENS
 
-TOKENS = 16 * 256
-WAITS = "triax --save-wait"
-HOW = ("no save", "triax, beside training", WAITS, "torch async_save")
+NOTHING, BESIDE, WAITS, TORCH = "no save", "triax, beside training", "triax --save-wait", "torch async_save"
+HOW = (NOTHING, BESIDE, WAITS, TORCH)
 
 
 def build(rank: int, world: int, how: str, steps: int, folder: str) -> Stepper:
@@ -50,40 +50,38 @@ def build(rank: int, world: int, how: str, steps: int, folder: str) -> Stepper:
     still: list[float] = []
     saver = BackgroundSave(root / "checkpoints", rank=0, world=1, agree=alone, device=torch.device("cpu"),
                            told=lambda saved: still.append(saved.waited))
-    if how == HOW[1]:
+    if how == BESIDE:
         engine.rider = saver
-    if how == HOW[3]:
+    if how == TORCH:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
 
-    def begin() -> Any:
-        """Saves, or begins to; returns what to wait for at the turn's end."""
+    def begin() -> Callable[[], object]:
+        """Saves, or begins to; returns what waits for the end."""
         start = time.perf_counter()
-        if how == HOW[1]:
+        if how == BESIDE:
             saver.save(engine.step, engine.optimizer.entries(), meta=meta, assets={}, keep=1)
-            return saver
+            return saver.finish
         if how == WAITS:
             save_checkpoint(root / "checkpoints", engine.step, engine.optimizer.entries(), rank=0, world=1,
                             agree=alone, meta=meta, assets={}, keep=1)
             still.append(time.perf_counter() - start)
-        if how == HOW[3]:
+        if how == TORCH:
             import torch.distributed.checkpoint as dcp
 
             state = {f"{entry.kind}.{entry.name}": entry.tensor for entry in engine.optimizer.entries()}
             found = dcp.async_save(state, checkpoint_id=str(root / f"step-{engine.step}"))
             still.append(time.perf_counter() - start)
-            return found
-        return None
+            return found.result
+        return lambda: None
 
     def turn() -> None:
-        running = None
-        for number in range(steps):
+        engine.train_step(batch)
+        wait = begin()
+        for _ in range(steps - 1):
             engine.train_step(batch)
-            if number == 0:
-                running = begin()
-        if running is not None:
-            saver.finish() if running is saver else running.result()
+        wait()
         (root / "still").write_text(str(still[-1] if still else 0.0))
 
     return turn
